@@ -1,0 +1,35 @@
+"""The backends, one file each, and the choice between them.
+
+Each has ``unavailable(device)``: None, or why it cannot update parameters there and what to do about it; and
+``prepare(launch)``: everything that may fail, returning the function that updates.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+from . import cpp, cuda, foreach, triton
+
+BACKENDS: dict[str, ModuleType] = {"cpp": cpp, "cuda": cuda, "triton": triton, "foreach": foreach}
+READ_TABLES = ("cpp", "cuda", "triton")  # these want addresses, foreach wants tensors
+PREFERRED = {"cpu": ("cpp", "foreach"), "cuda": ("cuda", "triton", "foreach")}
+NAMES = ("auto", *BACKENDS)
+
+
+def check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"Invalid backend: {name!r} (allowed: {', '.join(map(repr, NAMES))})")
+
+
+@functools.lru_cache
+def choose(name: str, device: torch.device) -> str:
+    """The backend that ``name`` means for parameters on ``device``. RuntimeError if the named one cannot run there."""
+    if name == "auto":
+        return next(b for b in PREFERRED.get(device.type, ("foreach",)) if BACKENDS[b].unavailable(device) is None)
+    reason = BACKENDS[name].unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}")
+    return name

@@ -1,0 +1,31 @@
+"""C++ on the CPU: one parallel region over all tensors, vectorised for the processor found at run time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from . import native
+from .launch import Launch
+
+ISA_VARIABLE = "ADABAYES_FUSED_ISA"  # forces one of module.cpu_isas(), for tests and comparisons
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it updates parameters on the CPU only, not on {device}; use backend='auto'"
+    return native.missing or None
+
+
+def prepare(launch: Launch) -> Callable[[], None]:
+    rows = None if launch.address else launch.rows()
+    address = launch.address or rows.data_ptr()
+    isa = os.environ.get(ISA_VARIABLE) or native.module.cpu_isas()[0]
+
+    def run(rows=rows) -> None:  # holds on to the rows it reads
+        if launch.found_inf is None or not launch.found_inf.item():
+            native.module.run_cpu(*native.bucket(launch, address, launch.coefficients.data_ptr()), torch.get_num_threads(), isa)
+
+    return run

@@ -1,0 +1,38 @@
+"""CUDA C++ on NVIDIA GPUs: one launch over all tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import native
+from .launch import Launch
+from .table import upload
+
+
+def unavailable(device: torch.device) -> str | None:
+    if native.module is None:
+        return native.missing
+    if not hasattr(native.module, "run_cuda"):
+        return "the extension was built without CUDA; put nvcc on the PATH and run 'pip install --force-reinstall --no-deps .' again"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; use backend='triton'"
+    if device.type != "cuda":
+        return f"it updates parameters on an NVIDIA GPU only, not on {device}; use backend='auto'"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU here (torch.cuda.is_available() is False); use backend='auto'"
+    return None
+
+
+def prepare(launch: Launch) -> Callable[[], None]:
+    rows, chunks, coefficients = upload(launch, native.module.CUDA_CHUNK)
+    index = launch.device.index if launch.device.index is not None else torch.cuda.current_device()
+
+    def run() -> None:
+        if len(chunks):
+            found_inf = 0 if launch.found_inf is None else launch.found_inf.data_ptr()
+            native.module.run_cuda(*native.bucket(launch, rows.data_ptr(), coefficients.data_ptr()), chunks.data_ptr(), len(chunks),
+                                   found_inf, index, torch.cuda.current_stream(index).cuda_stream)
+
+    return run

@@ -1,0 +1,110 @@
+"""Plain PyTorch over lists of tensors, for every other device. Holds the rules once more, in ``torch._foreach_*``:
+the same names in the same order as ``csrc/rule.h``, one rounding an operation. The weights have the other backends' bits
+but for the last one in AdaBayes-FP on CPUs, where ``torch.sqrt`` is not correctly rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .launch import Launch
+
+BLOCK_NUMEL = 1 << 22  # so many elements, or one tensor, have temporaries at a time
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def adabayes(c, grad, param, exp_avg, prior_var, exp_avg_sq=None, post_var=None) -> None:
+    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift = c
+    g = torch._foreach_mul(grad, grad_scale)
+    g_sq = torch._foreach_mul(g, g)
+    _lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
+    if exp_avg_sq is not None:
+        _lerp(exp_avg_sq, g_sq, one_minus_beta2)  # Eq. 4
+    denom = torch._foreach_mul(prior_var, fisher)
+    torch._foreach_mul_(denom, g_sq)
+    torch._foreach_add_(denom, 1.0)
+    post = torch._foreach_div(prior_var, denom)  # Eq. 17a
+    forgotten = torch._foreach_mul(post, forget)
+    torch._foreach_neg_(forgotten)
+    torch._foreach_add_(forgotten, drift)
+    torch._foreach_copy_(prior_var, torch._foreach_add(post, forgotten))  # Eq. 16b
+    move = torch._foreach_mul(exp_avg, step_size)
+    torch._foreach_mul_(move, post)
+    torch._foreach_mul_(param, keep)
+    torch._foreach_sub_(param, move)  # Eq. 18
+    if post_var is not None:
+        torch._foreach_copy_(post_var, post)
+
+
+def adabayes_fp(c, grad, param, exp_avg, exp_avg_sq, post_var=None) -> None:
+    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps = c
+    g = torch._foreach_mul(grad, grad_scale)
+    g_sq = torch._foreach_mul(g, g)
+    _lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
+    _lerp(exp_avg_sq, g_sq, one_minus_beta2)  # Eq. 4
+    denom = torch._foreach_mul(exp_avg_sq, debias2)
+    torch._foreach_add_(denom, a * a)
+    torch._foreach_sqrt_(denom)
+    torch._foreach_add_(denom, a)
+    torch._foreach_add_(denom, eps)  # Eq. 20
+    move = torch._foreach_mul(exp_avg, step_size)
+    torch._foreach_div_(move, denom)
+    torch._foreach_mul_(param, keep)
+    torch._foreach_sub_(param, move)  # Eq. 18
+    if post_var is not None:
+        torch._foreach_zero_(post_var)
+        torch._foreach_add_(post_var, a + a)
+        torch._foreach_div_(post_var, denom)
+
+
+RULES = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
+
+
+def _lerp(average: list[Tensor], value: list[Tensor], weight) -> None:
+    difference = torch._foreach_sub(value, average)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(average, difference)
+
+
+def prepare(launch: Launch) -> Callable[[], None]:
+    rule = RULES[launch.algorithm.name]
+    state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
+
+    def run() -> None:
+        if launch.found_inf is not None and launch.found_inf.item():  # the one backend that waits for the device
+            return
+        for k, tensors in _blocks(launch):
+            param, grad, *slots = (list(column) for column in zip(*tensors, strict=True))
+            wide = [p.to(state_dtype) for p in param]
+            rule(_coefficients(launch.coefficients[k], state_dtype), [g.to(state_dtype) for g in grad], wide, *slots)
+            if launch.param_dtype != state_dtype:
+                torch._foreach_copy_(param, wide)
+
+    return run
+
+
+def _coefficients(row: Tensor, dtype: torch.dtype) -> list:
+    """A row of coefficients, rounded once to the type the rule computes in: numbers, or 0-dim tensors on a device."""
+    row = row.to(dtype)
+    return row.tolist() if row.device.type == "cpu" else list(row.unbind())
+
+
+def _blocks(launch: Launch):
+    """Runs of tensors with one row of coefficients and at most BLOCK_NUMEL elements, or one tensor."""
+    block, block_k, numel = [], 0, 0
+    for k, tensors in sorted(zip(launch.which, launch.tensors, strict=True), key=lambda item: item[0]):
+        size = tensors[0].numel()
+        if block and (k != block_k or numel + size > BLOCK_NUMEL):
+            yield block_k, block
+            block, numel = [], 0
+        if size:
+            block.append(tensors)
+            block_k, numel = k, numel + size
+    if block:
+        yield block_k, block

@@ -1,0 +1,49 @@
+"""What a backend is handed: one bucket of parameters that one launch updates."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..algorithms import Algorithm
+
+WORDS = 8  # 64-bit words a row of the table, csrc/table.h
+
+
+@dataclass
+class Launch:
+    """Parameters of one device and one pair of dtypes. Either ``address`` and ``count`` say where the rows of the table
+    lie, or ``tensors`` holds each parameter's (param, grad, *slots) and ``which`` its row of ``coefficients``."""
+
+    algorithm: Algorithm
+    lean: bool
+    device: torch.device
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    coefficients: Tensor  # float64, (sets, 8), on the CPU; on the device where the host must not know them
+    address: int = 0
+    count: int = 0
+    tensors: list[list[Tensor]] = field(default_factory=list)
+    which: list[int] = field(default_factory=list)
+    found_inf: Tensor | None = None  # on the device: one float32, not zero where nothing may change
+    kept_alive: list[Tensor] = field(default_factory=list)  # takes memory that a captured graph goes on reading
+
+    @property
+    def slots(self) -> int:
+        return len(self.algorithm.stored(self.lean))
+
+    def __len__(self) -> int:
+        return self.count or len(self.tensors)
+
+    def rows(self) -> Tensor:
+        """The table's rows: int64 on the CPU, shape (parameters, 8)."""
+        if self.address:
+            rows = torch.empty(self.count, WORDS, dtype=torch.int64)
+            ctypes.memmove(rows.data_ptr(), self.address, rows.nbytes)
+            return rows
+        unused = [0] * (WORDS - 4 - self.slots)
+        return torch.tensor([[*(t.data_ptr() for t in tensors), *unused, tensors[0].numel(), k]
+                             for k, tensors in zip(self.which, self.tensors, strict=True)], dtype=torch.int64)

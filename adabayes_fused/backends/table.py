@@ -1,0 +1,41 @@
+"""The table a GPU kernel reads, in one buffer: coefficients, rows, then the chunk map. One asynchronous copy a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .launch import WORDS, Launch
+
+_chunk_maps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (chunk, parameters) -> last numels and their map
+
+
+def chunk_map(numels: Tensor, chunk: int) -> Tensor:
+    """One word a program: the row's index above the number of the chunk in its tensor. Empty tensors get none."""
+    counts = (numels + (chunk - 1)) // chunk
+    rows = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return (rows << 32) | (torch.arange(len(rows)) - first)
+
+
+def _cached_chunk_map(numels: Tensor, chunk: int) -> Tensor:
+    key = (chunk, len(numels))
+    cached = _chunk_maps.get(key)
+    if cached is None or not torch.equal(cached[0], numels):
+        cached = _chunk_maps[key] = (numels.clone(), chunk_map(numels, chunk))
+    return cached[1]
+
+
+def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, chunk map and coefficients on the launch's device, without waiting for it."""
+    rows = launch.rows()
+    chunks = _cached_chunk_map(rows[:, 6], chunk)
+    on_host = launch.coefficients.device.type == "cpu"
+    head = launch.coefficients.view(torch.int64).reshape(-1) if on_host else rows.new_empty(0)
+    packed = torch.empty(len(head) + rows.numel() + len(chunks), dtype=torch.int64, pin_memory=launch.device.type == "cuda")
+    torch.cat((head, rows.reshape(-1), chunks), out=packed)
+    table = packed.to(launch.device, non_blocking=True)
+    if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        launch.kept_alive.append(packed)  # the graph copies from it at every replay
+    coefficients, rows, chunks = table.split((len(head), rows.numel(), len(chunks)))
+    return rows.view(-1, WORDS), chunks, coefficients.view(torch.float64) if on_host else launch.coefficients

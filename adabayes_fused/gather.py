@@ -1,0 +1,115 @@
+"""Preparing one parameter for a kernel: plain, dense tensors of one layout, whatever PyTorch hands out.
+
+The kernels sweep flat memory. Here everything else is brought to that form: complex parameters as pairs of reals,
+gradients of another layout, lazily conjugated or negated ones, parameters that are views with gaps, state that a
+checkpoint loader has put in place with another dtype, device or layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .algorithms import Algorithm
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
+
+
+class Prepared(NamedTuple):
+    """One parameter as the kernels take it. ``copy`` is the dense stand-in for a parameter with gaps, else None."""
+
+    param: Tensor
+    tensors: list[Tensor]  # param, grad, *slots: real, dense, alike in layout
+    step: Tensor
+    group: int
+    copy: Tensor | None
+
+    def write_back(self) -> None:
+        if self.copy is not None:
+            self.param.detach().copy_(self.copy)
+
+
+def check_parameter(p: Tensor, where: str) -> None:
+    """Raises for a parameter or gradient no kernel can take; ``where`` names it. Changes nothing."""
+    grad = p.grad
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{where} has a sparse gradient ({grad.layout}), and AdaBayes takes dense ones only. "
+            "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
+        )
+    real = p.dtype.to_real() if p.is_complex() else p.dtype
+    if real not in DTYPES:
+        raise TypeError(f"{where} is of {p.dtype} (allowed: {', '.join(map(str, DTYPES))}, and complex)")
+    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise RuntimeError(f"{where} is an expanded view, whose elements share memory; optimize the tensor it is a view of")
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """float32, float64 for float64 parameters, complex where the parameter is."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def new_slot(p: Tensor, value: float) -> Tensor:
+    """A state tensor shaped like ``p``, ``value`` everywhere; laid out as p is where p has no gaps."""
+    slot = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format).detach()
+    as_real(slot).fill_(value)
+    return slot
+
+
+def new_state(algorithm: Algorithm, lean: bool, p: Tensor, step_device: torch.device) -> dict[str, Tensor]:
+    """State before the first step."""
+    names = algorithm.stored(lean)
+    step = torch.zeros((), dtype=torch.float32, device=step_device)
+    return {"step": step, **{name: new_slot(p, value) for name, value in zip(names, algorithm.initial, strict=False)}}
+
+
+def as_real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _dense(p: Tensor) -> bool:
+    """One element after the other in memory, and the memory holds the values themselves."""
+    dense = p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
+    return dense and not p.is_conj() and not p.is_neg()
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
+
+
+def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` itself if it has ``template``'s layout and device, and ``dtype``; else a copy that has."""
+    if t.dtype == dtype and t.device == template.device and _same_layout(template, t):
+        return t
+    return torch.empty_like(template, dtype=dtype).copy_(t)
+
+
+def own_copy(p: Tensor, saved: Tensor) -> Tensor:
+    """A saved slot of ``p`` in our dtype, layout and device, sharing no memory with ``saved``."""
+    slot = laid_out_like(p.detach(), saved.detach(), state_dtype(p))
+    return slot.clone() if slot.data_ptr() == saved.data_ptr() else slot
+
+
+def step_tensor(step: Any, device: torch.device) -> Tensor:
+    """A step count, however a checkpoint gives it, as a 0-dim float32 tensor on ``device``."""
+    if isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.dim() == 0:
+        return step
+    return torch.as_tensor(step).detach().to(device=device, dtype=torch.float32).reshape(())
+
+
+def prepare(p: Tensor, state: dict[str, Any], names: tuple[str, ...], group: int, step_device: torch.device) -> Prepared:
+    """Parameter ``p``, its gradient and its state ``names`` as plain tensors; state of another dtype, device or layout
+    is replaced by its equal in ours. ``p.grad`` is never written."""
+    param, grad = p.detach(), p.grad.detach().resolve_conj().resolve_neg()
+    if not grad.is_complex() and grad.dtype not in DTYPES:
+        grad = grad.to(torch.float32)  # float8 and the like
+    copy = None
+    if not _dense(param):
+        param = copy = torch.empty_like(param).copy_(param)
+    state["step"] = step_tensor(state["step"], step_device)
+    for name in names:
+        state[name] = laid_out_like(param, state[name], state_dtype(param))
+    tensors = [param, laid_out_like(param, grad, grad.dtype), *(state[name] for name in names)]
+    return Prepared(p, [as_real(t) for t in tensors], state["step"], group, copy)

@@ -1,0 +1,336 @@
+"""The fused optimizers: torch.optim.Optimizer around the kernels.
+
+The two classes are at the end; what they share is above them, a step's work in ``collect.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from . import backends
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
+from .backends import native
+from .collect import collect
+from .gather import new_slot, own_copy, step_tensor
+
+_RUN_POLICY = ("backend", "lean", "fused_unscale")  # outside the groups: a checkpoint must not change it
+
+
+class _FusedOptimizer(Optimizer):
+    algorithm: Algorithm
+
+    def __init__(self, params, defaults: dict[str, Any], *, backend: str, lean: bool, fused_unscale: bool) -> None:
+        backends.check_name(backend)
+        for name, flag in (("lean", lean), ("fused_unscale", fused_unscale)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"Invalid {name} value: {flag!r} (allowed: True or False)")
+        self.backend, self.lean, self.fused_unscale = backend, lean, fused_unscale
+        self._forget_run()
+        super().__init__(params, {**defaults, "differentiable": False})
+
+    # --- Groups and options -------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group as torch.optim does, and fixes its ``r = sgd_lr / lr``; lr alone is scheduled afterwards."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for key in param_group.keys() - self.defaults.keys() - {"params", "r", "first_prior"}:
+            close = difflib.get_close_matches(str(key), self.defaults, n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"unknown option {key!r} in a parameter group; did you mean {close[0]!r}?")
+        group = {**self.defaults, **param_group}
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].detach().clone()  # each group's own: schedulers write it in place
+        complete_group(self.algorithm, group)
+        super().add_param_group(group)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells torch.amp.GradScaler that ``step`` unscales gradients and skips overflows itself."""
+        return self.fused_unscale
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _RUN_POLICY}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_kept_reader" not in self.__dict__:  # unpickled, not loaded into
+            self._forget_run()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            complete_group(self.algorithm, group)
+
+    # --- The step -----------------------------------------------------------------------------------------------------
+
+    @_use_grad_for_differentiable
+    def step(self, closure=None):
+        """One step over every parameter that has a gradient; its step count rises by one, the others' stay.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, if given.
+
+        Returns: the closure's loss, or None.
+
+        Raises: ValueError, TypeError or RuntimeError that names the option or parameter; nothing has changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            check_step(self.algorithm, group)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        on_device = self._counts_on_device(grad_scale, found_inf)
+        if not on_device:
+            if found_inf:
+                return loss
+            grad_scale, found_inf = 1.0 if grad_scale is None else float(grad_scale), None
+        run = collect(self, 1.0 if grad_scale is None else grad_scale, found_inf, on_device)
+        self._counted_on_device = on_device
+        run()
+        return loss
+
+    def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
+        """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
+        once a scalar of a step was known to an accelerator alone, so that nothing ever waits for it."""
+        scalars = (grad_scale, found_inf, *(group["lr"] for group in self.param_groups))
+        return (
+            self._counted_on_device
+            or any(group["capturable"] for group in self.param_groups)
+            or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
+        )
+
+    def _reader(self):
+        """The C++ reader of parameters and state, kept between steps; None where there is none."""
+        key = (self.backend, self.lean)
+        if self._kept_reader is None or self._kept_reader[0] != key:
+            types = set()
+            for device_type in ("cpu", "cuda"):
+                try:
+                    if backends.choose(self.backend, torch.device(device_type)) in backends.READ_TABLES:
+                        types.add(device_type)
+                except RuntimeError:  # raised for the parameter that needs it
+                    pass
+            self._kept_reader = key, native.new_batch(self.algorithm.stored(self.lean), types)
+        return self._kept_reader[1]
+
+    def _forget_run(self) -> None:
+        """What is found anew in each process."""
+        self._kept_reader: tuple[Any, Any] | None = None
+        self._kept_alive: list[Tensor] = []
+        self._counted_on_device = False
+
+    # --- Saving and loading -------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
+
+        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here. A state of the other of lean
+        and full loads: what is not needed is left out; of what is missing, ``exp_avg_sq`` of AdaBayes starts at zero,
+        with a warning.
+
+        Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
+        """
+        # torch casts state to the parameters' dtype, so hide it from torch: after the user's hooks that come before,
+        # and before those that come after.
+        hide = self.register_load_state_dict_pre_hook(_hide_state)
+        restore = self.register_load_state_dict_post_hook(_restore_state, prepend=True)
+        kept = [group["capturable"] for group in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hide.remove()
+            restore.remove()
+        for group, capturable in zip(self.param_groups, kept, strict=True):
+            group["capturable"] = capturable
+
+
+class _Hidden:
+    """A tensor that torch's load_state_dict passes on untouched."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
+def _hide_state(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Checks a state_dict against the optimizer; returns it with its tensors hidden."""
+    _check_groups(optimizer, state_dict["param_groups"])
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=False))
+    state = {}
+    for i, entry in state_dict["state"].items():
+        if i in params:
+            _check_entry(optimizer, i, params[i], entry)
+            entry = {name: _Hidden(value) for name, value in entry.items()}
+        state[i] = entry
+    return {**state_dict, "state": state}
+
+
+def _check_groups(optimizer: _FusedOptimizer, groups: list[dict[str, Any]]) -> None:
+    needed = {*optimizer.defaults, "r"} - {"differentiable", "capturable"}
+    for g, group in enumerate(groups):
+        missing = sorted(needed - group.keys())
+        if missing:
+            raise ValueError(
+                f"loaded state dict is not of {type(optimizer).__name__}: its group {g} lacks {', '.join(missing)} "
+                f"(it has {', '.join(sorted(group))})"
+            )
+
+
+def _check_entry(optimizer: _FusedOptimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:
+    algorithm = optimizer.algorithm
+    missing = [name for name in ("step", *algorithm.stored(lean=True)) if name not in entry]
+    if entry and missing:
+        raise ValueError(
+            f"loaded state dict is not of {type(optimizer).__name__}: the state of parameter {i} lacks {', '.join(missing)} "
+            f"(it has {', '.join(entry)})"
+        )
+    for name in algorithm.slots:
+        if name in entry and entry[name].shape != p.shape:
+            raise ValueError(
+                f"loaded state dict is of another model: {name} of parameter {i} has shape {tuple(entry[name].shape)}, "
+                f"the parameter {tuple(p.shape)}"
+            )
+
+
+def _restore_state(optimizer: _FusedOptimizer) -> None:
+    """Puts the hidden tensors in place, in our dtype, on the parameter's device."""
+    names = optimizer.algorithm.stored(optimizer.lean)
+    absent: set[str] = set()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state.get(p):
+                continue
+            saved = {name: hidden.tensor for name, hidden in optimizer.state[p].items()}
+            step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
+            entry = {"step": step_tensor(saved["step"], step_device).clone()}
+            for name, initial in zip(names, optimizer.algorithm.initial, strict=False):
+                entry[name] = own_copy(p, saved[name]) if name in saved else new_slot(p, initial)
+            absent.update(name for name in names if name not in saved)
+            optimizer.state[p] = entry
+    if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:
+        warnings.warn(
+            "the loaded state is lean: exp_avg_sq, which AdaBayes keeps for you and does not use, starts at zero. "
+            "The weights go on as they would have.",
+            stacklevel=3,
+        )
+
+
+class AdaBayes(_FusedOptimizer):
+    r"""AdaBayes, Algorithm 1 of the paper: each weight's step size is its posterior variance under a Kalman filter.
+
+    Per element, with :math:`g` the gradient of the mean loss, variances in units of
+    :math:`\sigma^2 = \text{sgd\_lr} / \text{batch\_size}`, :math:`r = \text{sgd\_lr} / \text{lr}` and
+    :math:`\kappa = \text{lr} \cdot \text{batch\_size} / r`:
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        u_{post} &\leftarrow u_{prior} / (1 + u_{prior} \, lr \, r \, \text{batch\_size} \, g^2) \\
+        u_{prior} &\leftarrow (1 - \kappa/2)^2 u_{post} + \kappa \\
+        w &\leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, r \, u_{post} \, m / (1 - \beta_1^t)
+
+    Every option but ``lean``, ``backend`` and ``fused_unscale`` may also be given per parameter group. ``lr``,
+    ``batch_size``, ``weight_decay``, ``betas`` and the group's ``r`` are read afresh at each step.
+
+    Args:
+        params: parameters, or groups of them; float32, float64, float16, bfloat16 or complex, on any device.
+        lr: the paper's eta, Adam's learning rate. A float or a one-element tensor. Schedulers may set 0: weights stand still then.
+        batch_size: the number of examples the mean loss of one step averages over: micro-batch x accumulation x processes.
+            It sets the filter's memory, 1/kappa steps.
+        sgd_lr: the learning rate of a weight whose gradients say nothing, SGD's. It follows the schedule of ``lr``.
+        betas: decay of the averages of the gradient and of its square; the latter is kept for you, the update has no use for it.
+        weight_decay: decoupled; a step multiplies weights by ``1 - lr * weight_decay``, as torch's AdamW does.
+        transition: ``"paper"``, the linearised drift of Eq. 16b, for kappa <= 1; ``"exact"``, its Ornstein-Uhlenbeck process, for any.
+        variance_follows_lr: keep variances relative to sigma^2, so that a new ``lr`` acts at once, as in Adam. False keeps
+            the literal variance, which lags behind a schedule as the paper's own runs did.
+        maximize: ascend.
+        lean: keep only what the recursion needs (``exp_avg``, ``prior_var``): the same weights, AdamW's memory and traffic.
+        backend: ``"auto"`` takes the fastest that runs on each parameter's device; ``"cpp"``, ``"cuda"``, ``"triton"``, ``"foreach"``.
+        capturable: keep step counts and scalars on the device, for CUDA graphs.
+        fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
+            the scaler, for Lightning's clipping and Accelerate's fp16.
+
+    State per parameter: ``step``, a 0-dim float32 tensor; ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
+    ``post_var``, shaped like it, float32 (float64 for float64), variances in units of sigma^2.
+
+    Raises: ValueError or TypeError that says what was given and what is allowed.
+
+    Source: Aitchison, "Bayesian filtering unifies adaptive and non-adaptive neural network optimization methods", NeurIPS 2020.
+    """
+
+    algorithm = ADABAYES
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        *,
+        batch_size: float,
+        sgd_lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.05,
+        transition: str = "paper",
+        variance_follows_lr: bool = True,
+        maximize: bool = False,
+        lean: bool = False,
+        backend: str = "auto",
+        capturable: bool = False,
+        fused_unscale: bool = True,
+    ) -> None:
+        defaults = dict(lr=lr, batch_size=batch_size, sgd_lr=sgd_lr, betas=betas, weight_decay=weight_decay, transition=transition,
+                        variance_follows_lr=variance_follows_lr, maximize=maximize, capturable=capturable)
+        super().__init__(params, defaults, backend=backend, lean=lean, fused_unscale=fused_unscale)
+
+
+class AdaBayesFP(_FusedOptimizer):
+    r"""AdaBayes-FP, Algorithm 2 of the paper: AdaBayes with each variance at its fixed point; AdamW with another denominator.
+
+    Per element, with :math:`a = \text{lr} / (2 \, \text{sgd\_lr})`:
+
+    .. math::
+        w \leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, \hat m / (a + \sqrt{a^2 + \hat v} + \epsilon)
+
+    ``sgd_lr=inf`` is AdamW; where gradients tend to 0 it is SGD at ``sgd_lr``, with averaged momentum. The batch size cancels.
+
+    Args:
+        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale: as in :class:`AdaBayes`.
+        sgd_lr: as in :class:`AdaBayes`, or inf.
+        eps: AdamW's; needed only where ``sgd_lr=inf``.
+        batch_size: not used by the update; tell it to have variances in the paper's units.
+        lean: keep only ``exp_avg`` and ``exp_avg_sq``, AdamW's state; else ``post_var`` too, in units of sigma^2.
+
+    Raises: ValueError or TypeError that says what was given and what is allowed.
+
+    Source: as :class:`AdaBayes`; Eq. 20.
+    """
+
+    algorithm = ADABAYES_FP
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        *,
+        sgd_lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+        batch_size: float | None = None,
+        maximize: bool = False,
+        lean: bool = False,
+        backend: str = "auto",
+        capturable: bool = False,
+        fused_unscale: bool = True,
+    ) -> None:
+        defaults = dict(lr=lr, sgd_lr=sgd_lr, betas=betas, eps=eps, weight_decay=weight_decay, batch_size=batch_size,
+                        maximize=maximize, capturable=capturable)
+        super().__init__(params, defaults, backend=backend, lean=lean, fused_unscale=fused_unscale)

@@ -1,0 +1,132 @@
+"""The slow path: the paper's Algorithms 1 and 2 as it prints them, one parameter at a time, in plain PyTorch.
+
+Everything is in the paper's units: ``g`` is the gradient of the *summed* loss (``batch_size * p.grad``), the variances are
+those of the weight, eta = ``lr``, sigma^2 = ``sgd_lr / batch_size``. The paper maximises, we minimise. The fused classes
+take the same arguments and give the same weights; read this file to see what they compute.
+
+State per parameter, shaped like it (float32, or float64 for float64 parameters): ``exp_avg`` (m), ``exp_avg_sq`` (v),
+``post_var`` (sigma^2_post) and, for AdaBayes, ``prior_var`` (sigma^2_prior).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
+
+__all__ = ["AdaBayes", "AdaBayesFP"]
+
+
+class _Reference(Optimizer):
+    algorithm: Algorithm
+
+    def add_param_group(self, param_group):
+        group = {**self.defaults, **param_group}
+        complete_group(self.algorithm, group)
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step over all parameters with a gradient. Returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            check_step(self.algorithm, group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, self.state[p], group)
+        return loss
+
+    def _update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _moments(p: Tensor, grad: Tensor, state: dict, group: dict, batch_size: float) -> tuple[Tensor, float, float]:
+        """m and v; returns g and the divisors that make <g> = m / (1 - beta1^t) and <g^2> = v / (1 - beta2^t)."""
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        if not state:
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq", "post_var"):
+                state[name] = torch.zeros_like(p, dtype=dtype)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        g = grad.to(dtype).mul(-batch_size if group["maximize"] else batch_size)
+        state["exp_avg"].lerp_(g, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        return g, 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+
+    @staticmethod
+    def _weights(p: Tensor, state: dict, weight_decay: float, debias1: float) -> None:
+        """mu <- (1 - lambda) mu - sigma^2_post <g>"""
+        if p.dtype == state["exp_avg"].dtype:
+            p.mul_(1 - weight_decay).addcmul_(state["post_var"], state["exp_avg"], value=-1 / debias1)
+        else:
+            p.mul_(1 - weight_decay).sub_(state["post_var"] * state["exp_avg"] / debias1)
+
+
+class AdaBayes(_Reference):
+    """Algorithm 1. Arguments as in :class:`adabayes_fused.AdaBayes`."""
+
+    algorithm = ADABAYES
+
+    def __init__(self, params, lr=1e-3, *, batch_size, sgd_lr=0.1, betas=(0.9, 0.999), weight_decay=0.05,
+                 transition="paper", variance_follows_lr=True, maximize=False):
+        super().__init__(params, dict(lr=lr, batch_size=batch_size, sgd_lr=sgd_lr, betas=betas, weight_decay=weight_decay,
+                                      transition=transition, variance_follows_lr=variance_follows_lr, maximize=maximize,
+                                      capturable=False))
+
+    def _update(self, p, grad, state, group):
+        eta, batch_size = float(group["lr"]), float(group["batch_size"])
+        sigma_sq = eta * float(group["r"]) / batch_size  # eta_SGD / minibatch size; eta_SGD follows the schedule of eta
+        g, debias1, _ = self._moments(p, grad, state, group, batch_size)
+        if "prior_var" not in state:
+            state["prior_var"] = torch.full_like(state["exp_avg"], group["first_prior"])
+            state["prior_unit"] = group["first_prior"]
+        if eta == 0:  # nothing drifts and nothing moves
+            return
+        post, prior = state["post_var"], state["prior_var"]
+        if group["variance_follows_lr"] and state["prior_unit"] != sigma_sq:
+            prior.mul_(sigma_sq / state["prior_unit"])
+            state["prior_unit"] = sigma_sq
+
+        # sigma^2_post <- 1 / (sigma^-2_prior + g^2)
+        torch.reciprocal(prior, out=post).addcmul_(g, g).reciprocal_()
+
+        # sigma^2_prior <- (1 - eta^2 / (2 sigma^2))^2 sigma^2_post + eta^2
+        if group["transition"] == "paper":
+            torch.mul(post, (1 - eta**2 / (2 * sigma_sq)) ** 2, out=prior).add_(eta**2)
+        else:
+            torch.mul(post, math.exp(-(eta**2) / sigma_sq), out=prior).add_(-sigma_sq * math.expm1(-(eta**2) / sigma_sq))
+
+        self._weights(p, state, eta * group["weight_decay"], debias1)
+
+
+class AdaBayesFP(_Reference):
+    """Algorithm 2. Arguments as in :class:`adabayes_fused.AdaBayesFP`."""
+
+    algorithm = ADABAYES_FP
+
+    def __init__(self, params, lr=1e-3, *, sgd_lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, batch_size=None,
+                 maximize=False):
+        super().__init__(params, dict(lr=lr, sgd_lr=sgd_lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      batch_size=batch_size, maximize=maximize, capturable=False))
+
+    def _update(self, p, grad, state, group):
+        eta, batch_size = float(group["lr"]), float(group["batch_size"] or 1)  # the batch size cancels in the weights
+        sigma_sq = eta * float(group["r"]) / batch_size
+        _, debias1, debias2 = self._moments(p, grad, state, group, batch_size)
+        if eta == 0:
+            return
+        post = state["post_var"]
+
+        # sigma^2_post <- 1 / (1 / (2 sigma^2) + sqrt(1 / (4 sigma^4) + <g^2> / eta^2)), and AdamW's eps beside the root
+        torch.mul(state["exp_avg_sq"], 1 / (debias2 * eta**2), out=post).add_(1 / (4 * sigma_sq**2)).sqrt_()
+        post.add_(1 / (2 * sigma_sq) + group["eps"] * batch_size / eta).reciprocal_()
+
+        self._weights(p, state, eta * group["weight_decay"], debias1)

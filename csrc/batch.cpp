@@ -1,0 +1,180 @@
+#include "batch.h"
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+
+namespace {
+
+constexpr int kMaxDims = 16;
+
+std::optional<DType> dtype_of(const dlpack::Tensor& t) {
+  if (t.type_lanes != 1) return std::nullopt;
+  if (t.type_code == dlpack::kBfloat && t.type_bits == 16) return DType::bf16;
+  if (t.type_code != dlpack::kFloat) return std::nullopt;
+  if (t.type_bits == 32) return DType::f32;
+  if (t.type_bits == 64) return DType::f64;
+  if (t.type_bits == 16) return DType::f16;
+  return std::nullopt;
+}
+
+int64_t numel_of(const dlpack::Tensor& t) {
+  int64_t n = 1;
+  for (int d = 0; d < t.ndim; ++d) n *= t.shape[d];
+  return n;
+}
+
+int64_t address_of(const dlpack::Tensor& t) { return reinterpret_cast<int64_t>(t.data) + int64_t(t.byte_offset); }
+
+bool contiguous(const dlpack::Tensor& t) {
+  int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+// One element after the other in memory, in whatever order of the dimensions.
+bool dense(const dlpack::Tensor& t) {
+  if (contiguous(t)) return true;
+  if (t.ndim > kMaxDims) return false;
+  int order[kMaxDims], n = 0;
+  for (int d = 0; d < t.ndim; ++d)
+    if (t.shape[d] != 1) order[n++] = d;
+  std::sort(order, order + n, [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  int64_t expected = 1;
+  for (int k = 0; k < n; ++k) {
+    if (t.strides[order[k]] != expected) return false;
+    expected *= t.shape[order[k]];
+  }
+  return true;
+}
+
+bool same_place(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  if (a.device_type != b.device_type || a.device_id != b.device_id || a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d)
+    if (a.shape[d] != b.shape[d] || (a.shape[d] != 1 && a.strides[d] != b.strides[d])) return false;
+  return true;
+}
+
+bool is_gpu(const dlpack::Tensor& t) { return t.device_type == dlpack::kCUDA || t.device_type == dlpack::kROCM; }
+
+bool is_negated_view(PyObject* tensor) {  // torch's lazy negation, which no description of the memory shows
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, name);
+  if (!answer) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
+}  // namespace
+
+Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types)
+    : slots_(slots), tensor_types_(tensor_types), capsule_(api), api_(nullptr) {
+  const auto* found = static_cast<const dlpack::Api*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
+  if (!found) throw py::error_already_set();
+  while (found && found->major > 1) found = found->older;
+  if (!found || !found->tensor_from_object) throw std::invalid_argument("this torch's DLPack exchange API cannot describe a tensor");
+  if (slots.size() > kMaxSlots) throw std::invalid_argument("a table's row has four slots");
+  api_ = found;
+  for (const std::string& type : device_types) (type == "cpu" ? cpu_ : cuda_) = true;
+}
+
+void Batch::clear() {
+  for (Launch& launch : launches_) launch.rows.clear();
+  counts_.clear(), keys_.clear(), key_index_.clear(), held_.clear();
+}
+
+bool Batch::describe(py::handle object, dlpack::Tensor& out) const {
+  const PyTypeObject* type = Py_TYPE(object.ptr());
+  const bool plain = std::any_of(tensor_types_.begin(), tensor_types_.end(), [&](py::handle t) { return (PyTypeObject*)t.ptr() == type; });
+  if (!plain) return false;
+  if (api_->tensor_from_object(object.ptr(), &out) == 0) return true;
+  PyErr_Clear();  // sparse, meta and the like: Python's path says what is wrong with them
+  return false;
+}
+
+int64_t Batch::coefficients_for(int group, float step) {
+  if (!keys_.empty() && keys_.back() == std::make_pair(group, step)) return int64_t(keys_.size()) - 1;
+  uint32_t bits;
+  memcpy(&bits, &step, 4);
+  const auto [found, added] = key_index_.try_emplace(uint64_t(group) << 32 | bits, keys_.size());
+  if (added) keys_.push_back({group, step});
+  return found->second;
+}
+
+Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType grad) {
+  for (Launch& l : launches_)
+    if (l.device_type == p.device_type && l.device_id == p.device_id && l.param == param && l.grad == grad) return l;
+  return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
+}
+
+bool Batch::take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
+  // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
+  // to the tensor and stay.
+  dlpack::Tensor p, g, s;
+  if (!describe(param, p) || !describe(grad, g)) return false;
+  if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
+  const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
+  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad)) return false;
+  const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
+  Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
+  for (size_t k = 0; k < slots_.size(); ++k) {
+    if (!describe(slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
+    row.slot[k] = address_of(s);
+  }
+  if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
+  float* count = reinterpret_cast<float*>(address_of(s));
+  row.coefficients = coefficients_for(group, *count + 1);
+  launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
+  counts_.push_back({count, *count + 1});
+  held_.push_back(py::reinterpret_borrow<py::object>(grad));
+  return true;
+}
+
+bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle step, int group) {
+  PyObject* found[kMaxSlots];
+  if (slots.size() != slots_.size()) throw std::invalid_argument("one tensor per slot");
+  for (size_t k = 0; k < slots.size(); ++k) found[k] = PyList_GET_ITEM(slots.ptr(), k);
+  return take(param.ptr(), grad.ptr(), found, step.ptr(), group);
+}
+
+py::list Batch::read(py::list params, py::dict state, int group) {
+  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+  static PyObject* const step_name = PyUnicode_InternFromString("step");
+  py::list left;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) continue;
+    PyObject* entry = PyDict_GetItemWithError(state.ptr(), param);
+    if (!entry && PyErr_Occurred()) throw py::error_already_set();
+    bool complete = entry && PyDict_Check(entry);
+    PyObject* found[kMaxSlots];
+    PyObject* step = complete ? PyDict_GetItemWithError(entry, step_name) : nullptr;
+    for (size_t k = 0; complete && k < slots_.size(); ++k)
+      complete = (found[k] = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(slots_.ptr(), k)));
+    if (!complete || !step || !take(param, grad.ptr(), found, step, group)) left.append(i);
+  }
+  return left;
+}
+
+py::list Batch::coefficient_keys() const {
+  py::list keys;
+  for (const auto& [group, step] : keys_) keys.append(py::make_tuple(group, step));
+  return keys;
+}
+
+py::list Batch::buckets() const {
+  py::list out;
+  for (const Launch& l : launches_)
+    if (!l.rows.empty())
+      out.append(py::make_tuple(l.device_type, l.device_id, int(l.param), int(l.grad), reinterpret_cast<int64_t>(l.rows.data()), l.rows.size()));
+  return out;
+}
+
+void Batch::count_step() {
+  for (const Count& c : counts_) *c.step = c.next;
+}

@@ -1,0 +1,55 @@
+// What one optimizer step updates, read straight from Python's objects: p, p.grad and the optimizer's state.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+#include "dlpack.h"
+#include "table.h"
+
+namespace py = pybind11;
+
+class Batch {
+ public:
+  // `slots`: names of the state tensors, in the rule's order; `tensor_types`: the exact Python types taken here;
+  // `device_types`: "cpu", "cuda", the devices whose backend reads a table.
+  Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types);
+
+  void clear();
+
+  // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
+  // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
+  py::list read(py::list params, py::dict state, int group);
+
+  // Takes one parameter from plain tensors of one layout; false, and nothing taken, if they are not.
+  bool add(py::handle param, py::handle grad, py::list slots, py::handle step, int group);
+
+  // The distinct (group, step count after this step), in the order of the table's rows of coefficients.
+  py::list coefficient_keys() const;
+
+  // One tuple a launch: (device type, device index, param dtype, grad dtype, address of the rows, number of rows).
+  py::list buckets() const;
+
+  // Raises every step count; what `read` and `add` took has been updated.
+  void count_step();
+
+ private:
+  struct Launch { int device_type, device_id; DType param, grad; std::vector<Row> rows; };
+  struct Count { float* step; float next; };
+
+  bool describe(py::handle object, dlpack::Tensor& out) const;
+  bool take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group);
+  Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype);
+  int64_t coefficients_for(int group, float step);
+
+  py::tuple slots_, tensor_types_;
+  py::capsule capsule_;
+  const dlpack::Api* api_;
+  bool cpu_ = false, cuda_ = false;
+  std::vector<Launch> launches_;
+  std::vector<Count> counts_;
+  std::vector<std::pair<int, float>> keys_;
+  std::unordered_map<uint64_t, int64_t> key_index_;
+  std::vector<py::object> held_;  // gradients, which another thread could free while the lock is released
+};

@@ -1,0 +1,11 @@
+// The CPU driver.
+#pragma once
+#include <string>
+#include <vector>
+#include "table.h"
+
+// Updates every row of the bucket in one parallel region of at most `threads` threads. `isa`: one of cpu_isas().
+void run_cpu(const Bucket& bucket, int threads, const std::string& isa);
+
+// The instruction sets this build has and this processor runs, best first.
+std::vector<std::string> cpu_isas();

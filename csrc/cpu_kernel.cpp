@@ -1,0 +1,77 @@
+// One range of one tensor on the CPU. Compiled once per instruction set (ISA is its name, see CMakeLists.txt):
+// the compiler vectorises the one scalar rule, so nothing here may have external linkage but `update`.
+#include <algorithm>
+#include "cpu.h"
+#include "dispatch.h"
+
+namespace {
+
+constexpr int kBlock = 512;  // widened values stay in the first-level cache
+
+template <class T> constexpr DType dtype_of = std::is_same_v<T, float> ? DType::f32 : DType::f64;
+
+// Values begin..begin+n of a tensor as T: the memory itself where it holds T, else widened into `block`.
+template <class T>
+T* read(DType dtype, int64_t address, int64_t begin, int n, T* block) {
+  if (dtype == dtype_of<T>) return reinterpret_cast<T*>(address) + begin;
+  with_dtype(dtype, [&](auto type) {
+    const auto* from = reinterpret_cast<const typename decltype(type)::type*>(address) + begin;
+    for (int i = 0; i < n; ++i) block[i] = T(widen(from[i]));
+  });
+  return block;
+}
+
+// Rounds a float block back to where `read` widened it from. (Double parameters are never widened.)
+template <class T>
+void write(DType dtype, int64_t address, int64_t begin, int n, const T* block) {
+  if constexpr (std::is_same_v<T, float>) {
+    auto round_to = [&](auto* to) { for (int i = 0; i < n; ++i) narrow(block[i], to[begin + i]); };
+    if (dtype == DType::f16) round_to(reinterpret_cast<half_t*>(address));
+    if (dtype == DType::bf16) round_to(reinterpret_cast<bfloat16_t*>(address));
+  }
+}
+
+template <class Rule, class T, bool full>
+void sweep(const typename Rule::template Coefficients<T>& coefficients, int64_t n, const T* __restrict grad, T* __restrict param,
+           T* __restrict s0, T* __restrict s1, T* __restrict s2, T* __restrict s3) {
+  const auto c = coefficients;  // a copy no store can alias
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T w = param[i], a = s0[i], b = s1[i], d = T(0), e = T(0);
+    if constexpr (full && Rule::reads > 2) d = s2[i];
+    Rule::update(c, grad[i], w, a, b, d, e);
+    param[i] = w, s0[i] = a, s1[i] = b;
+    if constexpr (full) s2[i] = d;
+    if constexpr (full && Rule::slots > 3) s3[i] = e;
+  }
+}
+
+template <class Rule, class T, bool full>
+void update_range(const Bucket& bucket, const Row& row, int64_t begin, int64_t end) {
+  const auto c = coefficients<Rule, T>(bucket.coefficients + row.coefficients * kCoefficients);
+  const bool direct = bucket.param == dtype_of<T> && bucket.grad == dtype_of<T>;
+  const int64_t step = direct ? end - begin : kBlock;
+  T* slot[kMaxSlots];
+  for (int k = 0; k < kMaxSlots; ++k) slot[k] = reinterpret_cast<T*>(row.slot[k]);
+  alignas(64) T grad_block[kBlock], param_block[kBlock];
+  for (int64_t i = begin; i < end; i += step) {
+    const int64_t n = std::min(step, end - i);
+    const T* grad = read(bucket.grad, row.grad, i, int(n), grad_block);
+    T* param = read(bucket.param, row.param, i, int(n), param_block);
+    sweep<Rule, T, full>(c, n, grad, param, slot[0] + i, slot[1] + i, slot[2] + i, slot[3] + i);
+    write(bucket.param, row.param, i, int(n), param);
+  }
+}
+
+}  // namespace
+
+#define UPDATE_(isa) update_##isa
+#define UPDATE(isa) UPDATE_(isa)
+void UPDATE(ISA)(const Bucket& bucket, const Row& row, int64_t begin, int64_t end) {
+  with_rule(bucket.algorithm, [&](auto rule) {
+    using Rule = typename decltype(rule)::type;
+    const bool f64 = bucket.param == DType::f64;
+    if (bucket.full) f64 ? update_range<Rule, double, true>(bucket, row, begin, end) : update_range<Rule, float, true>(bucket, row, begin, end);
+    else f64 ? update_range<Rule, double, false>(bucket, row, begin, end) : update_range<Rule, float, false>(bucket, row, begin, end);
+  });
+}

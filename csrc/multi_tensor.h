@@ -1,0 +1,90 @@
+// What one thread of the CUDA kernel does. Host and device code: a C++ test runs it thread by thread on the host.
+#pragma once
+#include "dispatch.h"
+
+#ifdef __CUDACC__
+#define THREAD_FN __host__ __device__ inline
+#else
+#define THREAD_FN inline
+#endif
+#ifdef __CUDA_ARCH__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+
+constexpr int64_t kChunk = 16384;  // elements a block takes
+constexpr int kThreads = 256;
+
+// Chunk map: one word a block, the row's index above the number of the chunk in its tensor.
+RULE_FN int64_t row_of(int64_t entry) { return entry >> 32; }
+RULE_FN int64_t chunk_of(int64_t entry) { return entry & 0xffffffff; }
+
+// N values moved by the widest accesses their alignment allows.
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T value[N]; };
+
+// Gradients of another dtype than the parameters': which one is looked up at run time, alike in a whole block.
+struct AnyGrad {};
+
+template <int N, class S, class T>
+RULE_FN void load(const S* from, int64_t i, T* to) {
+  const Pack<S, N> pack = *reinterpret_cast<const Pack<S, N>*>(from + i);
+  UNROLL
+  for (int k = 0; k < N; ++k) to[k] = T(widen(pack.value[k]));
+}
+
+template <int N, class S, class T>
+RULE_FN void store(S* to, int64_t i, const T* from) {
+  Pack<S, N> pack;
+  UNROLL
+  for (int k = 0; k < N; ++k) narrow(from[k], pack.value[k]);
+  *reinterpret_cast<Pack<S, N>*>(to + i) = pack;
+}
+
+template <int N, class G, class T>
+RULE_FN void load_grad(DType dtype, int64_t address, int64_t i, T* to) {
+  if constexpr (std::is_same_v<G, AnyGrad>) {
+    switch (dtype) {
+      case DType::f32: return load<N>(reinterpret_cast<const float*>(address), i, to);
+      case DType::f64: return load<N>(reinterpret_cast<const double*>(address), i, to);
+      case DType::f16: return load<N>(reinterpret_cast<const half_t*>(address), i, to);
+      case DType::bf16: return load<N>(reinterpret_cast<const bfloat16_t*>(address), i, to);
+    }
+  } else {
+    load<N>(reinterpret_cast<const G*>(address), i, to);
+  }
+}
+
+// N consecutive elements of one tensor: loads, the rule, stores.
+template <class Rule, class P, class G, bool full, int N, class T = typename Compute<P>::type>
+RULE_FN void update_pack(const typename Rule::template Coefficients<T>& c, const Row& row, DType grad_dtype, int64_t i) {
+  constexpr int slots = full ? Rule::slots : Rule::lean, reads = full ? Rule::reads : Rule::lean;
+  T grad[N], param[N], slot[kMaxSlots][N] = {};
+  load_grad<N, G>(grad_dtype, row.grad, i, grad);
+  load<N>(reinterpret_cast<const P*>(row.param), i, param);
+  UNROLL
+  for (int s = 0; s < reads; ++s) load<N>(reinterpret_cast<const T*>(row.slot[s]), i, slot[s]);
+  UNROLL
+  for (int k = 0; k < N; ++k) Rule::update(c, grad[k], param[k], slot[0][k], slot[1][k], slot[2][k], slot[3][k]);
+  store<N>(reinterpret_cast<P*>(row.param), i, param);
+  UNROLL
+  for (int s = 0; s < slots; ++s) store<N>(reinterpret_cast<T*>(row.slot[s]), i, slot[s]);
+}
+
+template <class Rule, class P, class G, bool full>
+THREAD_FN void update_chunk(const Row* rows, const int64_t* chunks, const double* coefficient_rows, DType grad_dtype,
+                            int64_t block, int thread, int threads) {
+  using T = typename Compute<P>::type;
+  // The parameter's type fills a 16-byte access; a narrower gradient's is shorter.
+  constexpr int N = 16 / sizeof(P);
+  const int64_t entry = chunks[block], begin = chunk_of(entry) * kChunk;
+  const Row row = rows[row_of(entry)];
+  const auto c = coefficients<Rule, T>(coefficient_rows + row.coefficients * kCoefficients);
+  const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
+  const bool aligned = ((row.param | row.grad | row.slot[0] | row.slot[1] | row.slot[2] | row.slot[3]) & 15) == 0;
+  const int64_t packed = aligned ? begin + (end - begin) / N * N : begin;
+  for (int64_t i = begin + int64_t(thread) * N; i < packed; i += int64_t(threads) * N)
+    update_pack<Rule, P, G, full, N>(c, row, grad_dtype, i);
+  for (int64_t i = packed + thread; i < end; i += threads) update_pack<Rule, P, G, full, 1>(c, row, grad_dtype, i);
+}

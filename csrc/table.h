@@ -1,0 +1,27 @@
+// The table every backend reads: one row of addresses per tensor, then one row of coefficients per distinct set.
+// Eight 64-bit words a row, so that Python, Triton, C++ and CUDA index it alike.
+#pragma once
+#include <cstdint>
+
+constexpr int kMaxSlots = 4;
+constexpr int kCoefficients = 8;
+
+struct Row {
+  int64_t param, grad, slot[kMaxSlots];  // addresses
+  int64_t numel;
+  int64_t coefficients;                  // which row of coefficients
+};
+static_assert(sizeof(Row) == 8 * sizeof(int64_t), "a row is eight words");
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// What one launch updates: parameters of one dtype, gradients of one dtype; state is float, or double for f64.
+struct Bucket {
+  int algorithm;  // adabayes_fused.algorithms: 0 AdaBayes, 1 AdaBayesFP
+  bool full;      // every slot, or the lean ones only
+  DType param, grad;
+  const Row* rows;
+  int64_t n_rows;
+  const double* coefficients;
+};
+

@@ -1,0 +1,48 @@
+"""The update rules, one jit function each: the same names in the same order as ``csrc/rule.h``.
+
+A rule takes its coefficients as a tuple, then gradient, parameter and state slots, and returns the parameter and the
+slots after the step. Divisions and roots are the correctly rounded ones, and launches turn contraction into fused
+multiply-adds off, so that every backend gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divide(x, y):
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def square_root(x):
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def adabayes(coefficients, grad, param, exp_avg, prior_var, exp_avg_sq, post_var):
+    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift = coefficients
+    g = grad * grad_scale
+    g_sq = g * g
+    exp_avg = exp_avg + (g - exp_avg) * one_minus_beta1  # Eq. 2
+    exp_avg_sq = exp_avg_sq + (g_sq - exp_avg_sq) * one_minus_beta2  # Eq. 4
+    post_var = divide(prior_var, 1.0 + prior_var * fisher * g_sq)  # Eq. 17a
+    prior_var = post_var + (drift - post_var * forget)  # Eq. 16b
+    param = param * keep - exp_avg * step_size * post_var  # Eq. 18
+    return param, exp_avg, prior_var, exp_avg_sq, post_var
+
+
+@triton.jit
+def adabayes_fp(coefficients, grad, param, exp_avg, exp_avg_sq, post_var, unused):
+    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps = coefficients
+    g = grad * grad_scale
+    g_sq = g * g
+    exp_avg = exp_avg + (g - exp_avg) * one_minus_beta1  # Eq. 2
+    exp_avg_sq = exp_avg_sq + (g_sq - exp_avg_sq) * one_minus_beta2  # Eq. 4
+    denom = a + square_root(a * a + exp_avg_sq * debias2) + eps  # Eq. 20
+    post_var = divide(a + a, denom)
+    param = param * keep - divide(exp_avg * step_size, denom)  # Eq. 18
+    return param, exp_avg, exp_avg_sq, post_var, unused
+
+
+RULES = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
