@@ -57,6 +57,8 @@ def _collect(optimizer, grad_scale, found_inf, on_device, created) -> Callable[[
             launch()
         for p in prepared:
             p.write_back()
+        if batch is not None:
+            batch.release()
 
     return run
 

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int kMaxDims = 16;
+constexpr size_t kAhead = 4;  // parameters
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
@@ -60,9 +61,16 @@ bool same_place(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 bool is_gpu(const dlpack::Tensor& t) { return t.device_type == dlpack::kCUDA || t.device_type == dlpack::kROCM; }
 
+// Looks `tensor` up by its identity, which is what torch hashes it by, without the call into Python that hashing is.
+PyObject* entry_of(PyObject* state, PyObject* tensor) {
+  PyObject* entry = _PyDict_GetItem_KnownHash(state, tensor, Py_hash_t(reinterpret_cast<intptr_t>(tensor)));
+  if (!entry && PyErr_Occurred()) throw py::error_already_set();
+  return entry;
+}
+
 bool is_negated_view(PyObject* tensor) {  // torch's lazy negation, which no description of the memory shows
-  static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor, name);
+  static PyObject* const is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "is_neg");
+  PyObject* answer = PyObject_CallOneArg(is_neg, tensor);
   if (!answer) throw py::error_already_set();
   Py_DECREF(answer);
   return answer == Py_True;
@@ -71,7 +79,10 @@ bool is_negated_view(PyObject* tensor) {  // torch's lazy negation, which no des
 }  // namespace
 
 Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types)
-    : slots_(slots), tensor_types_(tensor_types), capsule_(api), api_(nullptr) {
+    : slots_(slots),
+      parameter_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[0]).ptr())),
+      tensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[1]).ptr())),
+      api_(nullptr) {
   const auto* found = static_cast<const dlpack::Api*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (!found) throw py::error_already_set();
   while (found && found->major > 1) found = found->older;
@@ -83,14 +94,18 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
 
 void Batch::clear() {
   for (Launch& launch : launches_) launch.rows.clear();
+  std::swap(touched_, touched_before_);
+  touched_.clear();
   counts_.clear(), keys_.clear(), key_index_.clear(), held_.clear();
 }
 
-bool Batch::describe(py::handle object, dlpack::Tensor& out) const {
+bool Batch::describe(py::handle object, dlpack::Tensor& out) {
   const PyTypeObject* type = Py_TYPE(object.ptr());
-  const bool plain = std::any_of(tensor_types_.begin(), tensor_types_.end(), [&](py::handle t) { return (PyTypeObject*)t.ptr() == type; });
-  if (!plain) return false;
-  if (api_->tensor_from_object(object.ptr(), &out) == 0) return true;
+  if (type != tensor_type_ && type != parameter_type_) return false;
+  if (api_->tensor_from_object(object.ptr(), &out) == 0) {
+    touched_.insert(touched_.end(), {object.ptr(), out.shape, out.data});  // the object, torch's tensor, its values
+    return true;
+  }
   PyErr_Clear();  // sparse, meta and the like: Python's path says what is wrong with them
   return false;
 }
@@ -102,6 +117,18 @@ int64_t Batch::coefficients_for(int group, float step) {
   const auto [found, added] = key_index_.try_emplace(uint64_t(group) << 32 | bits, keys_.size());
   if (added) keys_.push_back({group, step});
   return found->second;
+}
+
+// A thousand small tensors are thousands of cold objects: asks for those the last step read a few parameters further on.
+// Addresses of things long gone do no harm here.
+void Batch::fetch_ahead() {
+  const size_t each = 3 * (slots_.size() + 3);
+  const size_t from = touched_.size() + kAhead * each, to = std::min(from + each, touched_before_.size());
+  for (size_t k = from; k < to; ++k) {
+    const char* address = static_cast<const char*>(touched_before_[k]);
+    __builtin_prefetch(address);
+    if (k % 3 == 1) __builtin_prefetch(address - 64), __builtin_prefetch(address + 64);
+  }
 }
 
 Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType grad) {
@@ -146,11 +173,11 @@ py::list Batch::read(py::list params, py::dict state, int group) {
   py::list left;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    fetch_ahead();
     const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
-    PyObject* entry = PyDict_GetItemWithError(state.ptr(), param);
-    if (!entry && PyErr_Occurred()) throw py::error_already_set();
+    PyObject* entry = entry_of(state.ptr(), param);
     bool complete = entry && PyDict_Check(entry);
     PyObject* found[kMaxSlots];
     PyObject* step = complete ? PyDict_GetItemWithError(entry, step_name) : nullptr;
@@ -178,3 +205,5 @@ py::list Batch::buckets() const {
 void Batch::count_step() {
   for (const Count& c : counts_) *c.step = c.next;
 }
+
+void Batch::release() { held_.clear(); }

@@ -12,8 +12,8 @@ namespace py = pybind11;
 
 class Batch {
  public:
-  // `slots`: names of the state tensors, in the rule's order; `tensor_types`: the exact Python types taken here;
-  // `device_types`: "cpu", "cuda", the devices whose backend reads a table.
+  // `slots`: names of the state tensors, in the rule's order; `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
+  // when they are these very types; `device_types`: "cpu", "cuda", the devices whose backend reads a table.
   Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types);
 
   void clear();
@@ -34,22 +34,27 @@ class Batch {
   // Raises every step count; what `read` and `add` took has been updated.
   void count_step();
 
+  // Lets go of the gradients.
+  void release();
+
  private:
   struct Launch { int device_type, device_id; DType param, grad; std::vector<Row> rows; };
   struct Count { float* step; float next; };
 
-  bool describe(py::handle object, dlpack::Tensor& out) const;
+  void fetch_ahead();
+  bool describe(py::handle object, dlpack::Tensor& out);
   bool take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group);
   Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype);
   int64_t coefficients_for(int group, float step);
 
-  py::tuple slots_, tensor_types_;
-  py::capsule capsule_;
-  const dlpack::Api* api_;
+  py::tuple slots_;
+  const PyTypeObject *parameter_type_, *tensor_type_;
+  const dlpack::Api* api_;  // static in torch
   bool cpu_ = false, cuda_ = false;
   std::vector<Launch> launches_;
   std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;
   std::unordered_map<uint64_t, int64_t> key_index_;
+  std::vector<const void*> touched_, touched_before_;  // memory read for each parameter, to fetch it ahead next time
   std::vector<py::object> held_;  // gradients, which another thread could free while the lock is released
 };

@@ -26,7 +26,8 @@ PYBIND11_MODULE(_native, m) {
       .def("add", &Batch::add)
       .def("coefficient_keys", &Batch::coefficient_keys)
       .def("buckets", &Batch::buckets)
-      .def("count_step", &Batch::count_step);
+      .def("count_step", &Batch::count_step)
+      .def("release", &Batch::release);
 
   m.def("cpu_isas", &cpu_isas);
   m.def("run_cpu", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients, int threads, const std::string& isa) {
