@@ -51,10 +51,14 @@ class _Reference(Optimizer):
         """m and v; returns g and the divisors that make <g> = m / (1 - beta1^t) and <g^2> = v / (1 - beta2^t)."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         if not state:
-            state["step"] = 0
+            state["step"], state["batch_size"] = 0, batch_size
             for name in ("exp_avg", "exp_avg_sq", "post_var"):
                 state[name] = torch.zeros_like(p, dtype=dtype)
         state["step"] += 1
+        if state["batch_size"] != batch_size:  # another sum: the averages are of the mean loss's gradient, times the batch size
+            ratio, state["batch_size"] = batch_size / state["batch_size"], batch_size
+            state["exp_avg"].mul_(ratio)
+            state["exp_avg_sq"].mul_(ratio**2)
         beta1, beta2 = group["betas"]
         g = grad.to(dtype).mul(-batch_size if group["maximize"] else batch_size)
         state["exp_avg"].lerp_(g, 1 - beta1)

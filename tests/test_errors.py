@@ -1,0 +1,193 @@
+"""Wrong input: an error that says what was given, what is allowed and what to do, and nothing half-updated."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from adabayes_fused import AdaBayes, AdaBayesFP
+from runs import FUSED, SLOW
+
+OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
+nan, inf = math.nan, math.inf
+
+BAD = [
+    ("AdaBayes", dict(lr=-1e-3), ValueError, r"Invalid learning rate: -0.001 \(allowed"),
+    ("AdaBayes", dict(lr=nan), ValueError, "Invalid learning rate: nan"),
+    ("AdaBayes", dict(lr=inf), ValueError, "Invalid learning rate: inf"),
+    ("AdaBayes", dict(lr=0.0), ValueError, "scheduler start from 0"),
+    ("AdaBayes", dict(lr="fast"), TypeError, "given 'fast'"),
+    ("AdaBayes", dict(lr=torch.ones(2)), ValueError, r"one element, given shape \(2,\)"),
+    ("AdaBayes", dict(sgd_lr=0.0), ValueError, "Invalid sgd_lr: 0.0"),
+    ("AdaBayes", dict(sgd_lr=-1.0), ValueError, "Invalid sgd_lr"),
+    ("AdaBayes", dict(sgd_lr=nan), ValueError, "Invalid sgd_lr: nan"),
+    ("AdaBayes", dict(sgd_lr=inf), ValueError, "AdaBayesFP takes inf"),
+    ("AdaBayesFP", dict(sgd_lr=nan), ValueError, "inf is AdamW"),
+    ("AdaBayes", dict(betas=(1.0, 0.999)), ValueError, "Invalid beta parameter at index 0: 1.0"),
+    ("AdaBayes", dict(betas=(0.9, -0.1)), ValueError, "Invalid beta parameter at index 1: -0.1"),
+    ("AdaBayes", dict(betas=(0.9, nan)), ValueError, "index 1: nan"),
+    ("AdaBayes", dict(betas=0.9), ValueError, "two numbers"),
+    ("AdaBayes", dict(weight_decay=-1.0), ValueError, "Invalid weight_decay value: -1.0"),
+    ("AdaBayes", dict(weight_decay=nan), ValueError, "Invalid weight_decay value: nan"),
+    ("AdaBayesFP", dict(eps=-1e-8), ValueError, "Invalid epsilon value: -1e-08"),
+    ("AdaBayesFP", dict(eps=nan), ValueError, "Invalid epsilon value: nan"),
+    ("AdaBayes", dict(batch_size=0), ValueError, r"Invalid batch_size: 0 \(allowed: a number >= 1"),
+    ("AdaBayes", dict(batch_size=0.5), ValueError, "Invalid batch_size: 0.5"),
+    ("AdaBayes", dict(batch_size=nan), ValueError, "Invalid batch_size: nan"),
+    ("AdaBayes", dict(batch_size=None), ValueError, "micro-batch x accumulation x processes"),
+    ("AdaBayesFP", dict(batch_size=0), ValueError, "Invalid batch_size: 0"),
+    ("AdaBayes", dict(batch_size=True), TypeError, "given True"),
+    ("AdaBayes", dict(transition="linear"), ValueError, r"Invalid transition: 'linear' \(allowed: 'paper', 'exact'\)"),
+    ("AdaBayes", dict(variance_follows_lr="yes"), TypeError, "variance_follows_lr"),
+    ("AdaBayes", dict(batch_size=200_000), ValueError, 'kappa.*transition="exact"'),
+    ("AdaBayes", dict(maximize="no"), TypeError, "maximize"),
+]
+BAD_POLICY = [
+    ("AdaBayes", dict(backend="metal"), ValueError, "Invalid backend: 'metal' .allowed: 'auto', 'cpp'"),
+    ("AdaBayesFP", dict(lean=1), TypeError, "lean"),
+    ("AdaBayesFP", dict(fused_unscale=None), TypeError, "fused_unscale"),
+    ("AdaBayes", dict(weight_decya=0.5), TypeError, "weight_decya"),
+    ("AdaBayes", dict(eps=1e-8), TypeError, "eps"),
+]
+
+
+def parameter(*shape):
+    p = torch.nn.Parameter(torch.randn(*shape))
+    p.grad = torch.randn_like(p)
+    return p
+
+
+@pytest.mark.parametrize(("name", "options", "error", "words"), BAD + BAD_POLICY)
+def test_constructor(name, options, error, words):
+    with pytest.raises(error, match=words):
+        FUSED[name]([parameter(3)], **OPTIONS[name] | options)
+
+
+@pytest.mark.parametrize(("name", "options", "error", "words"), BAD)
+def test_slow_path_constructor(name, options, error, words):
+    with pytest.raises(error, match=words):
+        SLOW[name]([parameter(3)], **OPTIONS[name] | options)
+
+
+@pytest.mark.parametrize(("name", "options", "error", "words"), BAD)
+def test_parameter_group(name, options, error, words):
+    optimizer = FUSED[name]([parameter(3)], **OPTIONS[name])
+    with pytest.raises(error, match=words):
+        optimizer.add_param_group(dict(params=[parameter(4)], **options))
+    assert len(optimizer.param_groups) == 1
+
+
+def test_batch_size_is_required():
+    with pytest.raises(TypeError, match="batch_size"):
+        AdaBayes([parameter(3)])
+
+
+def test_mistyped_group_option():
+    with pytest.raises(ValueError, match="unknown option 'weight_decya'.*did you mean 'weight_decay'"):
+        AdaBayesFP([dict(params=[parameter(3)], weight_decya=0.1)])
+    AdaBayesFP([dict(params=[parameter(3)], name="head", max_lr=1.0, initial_lr=1e-3)])  # frameworks' own keys are theirs
+
+
+def unchanged_by(optimizer, error, words):
+    """step() raises, and weights, state and step counts are as before."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = [p.detach().clone() for p in params]
+    state = copy.deepcopy([dict(optimizer.state.get(p, {})) for p in params])
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+    for p, entry in zip(params, state, strict=True):
+        now = optimizer.state.get(p, {})
+        assert now.keys() == entry.keys()
+        assert all(torch.equal(now[key], value) for key, value in entry.items())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("name", FUSED)
+def test_sparse_gradient(name, backend, begun):
+    dense, embedding, last = parameter(5), torch.nn.Embedding(10, 4, sparse=True), parameter(7)
+    optimizer = FUSED[name]([dict(params=[dense]), dict(params=[last, embedding.weight])], backend=backend, **OPTIONS[name])
+    if begun:
+        optimizer.step()
+    embedding(torch.tensor([1, 2])).sum().backward()
+    unchanged_by(optimizer, RuntimeError, r"parameter 1 of group 1, shape \(10, 4\), has a sparse gradient.*SparseAdam")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("change", "error", "words"), [
+    (dict(lr=1.0), ValueError, 'kappa = lr \\* batch_size / r = 1 \\* 128 / 100 = 1.28 is above 1.*transition="exact"'),
+    (dict(lr=nan), ValueError, "Invalid learning rate: nan"),
+    (dict(batch_size=0), ValueError, "Invalid batch_size: 0"),
+    (dict(betas=(0.9, 1.0)), ValueError, "index 1: 1.0"),
+])
+def test_option_that_went_wrong_between_steps(change, error, words, begun):
+    first, second = parameter(5), parameter(6)
+    optimizer = AdaBayes([dict(params=[first]), dict(params=[second])], batch_size=128)
+    if begun:
+        optimizer.step()
+    optimizer.param_groups[1].update(change)
+    unchanged_by(optimizer, error, words)
+
+
+def test_exact_transition_is_stable_for_any_kappa():
+    p = parameter(50)
+    optimizer = AdaBayes([p], lr=1.0, sgd_lr=0.1, batch_size=1e6, transition="exact")
+    for _ in range(20):
+        optimizer.step()
+    assert p.isfinite().all()
+    assert 0 < optimizer.state[p]["prior_var"].min() <= optimizer.state[p]["prior_var"].max() <= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a GPU")
+def test_backend_that_cannot_run_here():
+    optimizer = AdaBayesFP([parameter(3)], backend="cuda")
+    unchanged_by(optimizer, RuntimeError, "backend='cuda' cannot run on cpu: .*backend='auto'")
+
+
+def test_parameters_no_kernel_takes():
+    shared = torch.randn(1, 5).expand(4, 5).requires_grad_()
+    shared.grad = torch.randn(4, 5)
+    unchanged_by(AdaBayesFP([parameter(3), shared]), RuntimeError, r"parameter 1 of group 0, shape \(4, 5\), is an expanded view")
+    small = torch.nn.Parameter(torch.randn(4).to(torch.float8_e5m2))
+    small.grad = torch.randn(4).to(torch.float8_e5m2)
+    unchanged_by(AdaBayesFP([small]), TypeError, "float8_e5m2.*allowed: torch.float32")
+
+
+def test_a_launch_that_fails_leaves_no_state(monkeypatch):
+    from adabayes_fused.backends import foreach
+
+    def refuse(launch):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(foreach, "prepare", refuse)
+    unchanged_by(AdaBayesFP([parameter(3)], backend="foreach"), RuntimeError, "out of memory")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_of_another_optimizer_or_model(name):
+    p = parameter(4, 3)
+    optimizer = FUSED[name]([p], **OPTIONS[name])
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    adamw = torch.optim.AdamW([parameter(4, 3)])
+    adamw.step()
+    other = {"AdaBayes": "AdaBayesFP", "AdaBayesFP": "AdaBayes"}[name]
+    sibling = FUSED[other]([parameter(4, 3)], **OPTIONS[other])
+    sibling.step()
+    larger = FUSED[name]([parameter(4, 4)], **OPTIONS[name])
+    larger.step()
+    several = FUSED[name]([parameter(4, 3), parameter(2)], **OPTIONS[name])
+    half = copy.deepcopy(before)
+    del half["state"][0]["exp_avg"]
+    for bad, words in [(adamw.state_dict(), f"not of {name}.*lacks"), (sibling.state_dict(), f"not of {name}.*lacks"),
+                       (larger.state_dict(), r"exp_avg of parameter 0 has shape \(4, 4\), the parameter \(4, 3\)"),
+                       (several.state_dict(), "doesn't match the size"), (half, "the state of parameter 0 lacks exp_avg")]:
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(bad)
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        assert all(torch.equal(after["state"][0][key], value) for key, value in before["state"][0].items())
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks

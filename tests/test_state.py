@@ -1,0 +1,171 @@
+"""Saving and loading: bit for bit, on any backend, in our dtypes whatever the parameters'."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+
+from runs import FUSED
+
+OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+def model(device="cpu"):
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(4, 3), (), (70,), (0, 2), (2, 3, 4, 4)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DTYPES[i]).to(device)) for i, s in enumerate(shapes)]
+    params.append(torch.nn.Parameter(torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last).to(device)))
+    return params
+
+
+def train(optimizer, params, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for i, p in enumerate(params):
+            drawn = torch.randn(p.shape, generator=generator).to(p)
+            p.grad = None if i == seed % 3 else drawn
+        optimizer.step()
+
+
+def make(name, params, backend, **policy):
+    return FUSED[name](params, lr=1e-2, backend=backend, **OPTIONS[name], **policy)
+
+
+def saved(state_dict):
+    """Through a file, as torch.load with weights_only gives it back."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_saved_state_goes_on_bit_for_bit_on_any_backend(name, lean, target):
+    backend, device = target
+    params = model()
+    optimizer = make(name, params, "auto", lean=lean)
+    train(optimizer, params, 3, seed=1)
+    state, weights = saved(optimizer.state_dict()), [p.detach().clone() for p in params]
+    train(optimizer, params, 3, seed=2)
+
+    again = model(device)
+    with torch.no_grad():
+        for p, w in zip(again, weights, strict=True):
+            p.copy_(w)
+    resumed = make(name, again, backend, lean=lean)
+    resumed.load_state_dict(state)
+    for i, p in enumerate(again):
+        for key, value in state["state"].get(i, {}).items():
+            assert torch.equal(resumed.state[p][key].cpu(), value), (i, key)
+            assert resumed.state[p][key].dtype == value.dtype, (i, key)
+    train(resumed, again, 3, seed=2)
+    for p, q in zip(params, again, strict=True):
+        if backend == "foreach" and name == "AdaBayesFP":  # torch.sqrt is not correctly rounded on CPUs
+            torch.testing.assert_close(q.cpu(), p, rtol=1e-5 if p.dtype != torch.bfloat16 else 1e-2, atol=1e-6)
+        else:
+            assert torch.equal(q.cpu(), p)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_float32_state_of_bfloat16_weights_survives(name):
+    p = torch.nn.Parameter(torch.randn(64).bfloat16())
+    optimizer = make(name, [p], "auto")
+    train(optimizer, [p], 5, seed=0 + 1)
+    again = make(name, [torch.nn.Parameter(p.detach().clone())], "auto")
+    again.load_state_dict(optimizer.state_dict())
+    (q,) = again.param_groups[0]["params"]
+    for key, value in optimizer.state[p].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(again.state[q][key], value)
+        assert again.state[q][key].dtype == torch.float32
+        assert again.state[q][key].data_ptr() != value.data_ptr()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_that_a_loader_put_in_place_in_another_form(name, target):
+    """Another dtype, layout or kind of step count is brought to ours, values kept; replaced tensors are noticed."""
+    backend, device = target
+    p = torch.nn.Parameter(torch.randn(2, 3, 4, 4, device=device))
+    q = torch.nn.Parameter(p.detach().clone())
+    optimizer, other = make(name, [p], backend), make(name, [q], backend)
+    train(optimizer, [p], 2, seed=1)
+    train(other, [q], 2, seed=1)
+    for form in ("channels_last", "double", "same"):
+        state = other.state[q]
+        state["step"] = {"channels_last": int(state["step"]), "double": state["step"].double(), "same": state["step"].clone()}[form]
+        for key in other.algorithm.slots:
+            value = state[key]
+            state[key] = {"channels_last": value.contiguous(memory_format=torch.channels_last), "double": value.double(), "same": value.clone()}[form]
+        train(optimizer, [p], 2, seed=1)
+        train(other, [q], 2, seed=1)
+        assert torch.equal(p, q)
+        assert int(other.state[q]["step"]) == int(optimizer.state[p]["step"])
+        assert all(other.state[q][key].dtype == torch.float32 for key in ("step", *other.algorithm.slots))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_lean_and_full_load_each_other(name):
+    params = model()
+    full = make(name, params, "auto")
+    train(full, params, 2, seed=1)
+    for lean in (True, False):
+        others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        start = make(name, others, "auto", lean=lean)
+        start.load_state_dict(full.state_dict())
+        back = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        end = make(name, back, "auto", lean=not lean)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            end.load_state_dict(start.state_dict())
+        assert any("exp_avg_sq" in str(w.message) for w in caught) == (name == "AdaBayes" and lean)
+        assert end.lean == (not lean)
+        reference = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        direct = make(name, reference, "auto")
+        direct.load_state_dict(full.state_dict())
+        train(end, back, 2, seed=2)
+        train(direct, reference, 2, seed=2)
+        assert all(torch.equal(a, b) for a, b in zip(back, reference, strict=True))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_checkpoint_changes_hyper_parameters_but_not_how_we_run(name):
+    p = torch.nn.Parameter(torch.randn(5))
+    first = make(name, [p], "foreach", lean=True, fused_unscale=False, capturable=True)
+    train(first, [p], 1, seed=1)
+    first.param_groups[0]["weight_decay"] = 0.7
+    second = make(name, [torch.nn.Parameter(torch.randn(5))], "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second.load_state_dict(first.state_dict())
+    group = second.param_groups[0]
+    assert (second.backend, second.lean, second.fused_unscale, group["capturable"]) == ("auto", False, True, False)
+    assert (group["weight_decay"], group["r"]) == (0.7, first.param_groups[0]["r"])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_users_load_hooks_see_tensors(name):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = make(name, [p], "auto")
+    train(optimizer, [p], 1, seed=1)
+    state = copy.deepcopy(optimizer.state_dict())
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(lambda o, sd: seen.append(sd["state"][0]["exp_avg"].clone()))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["exp_avg"].clone()))
+    optimizer.load_state_dict(state)
+    assert all(torch.equal(value, state["state"][0]["exp_avg"]) for value in seen)
+    assert len(seen) == 2
+
+
+def test_state_holds_plain_tensors_shaped_like_the_parameter():
+    for name in FUSED:
+        params = model()
+        optimizer = make(name, params, "auto")
+        train(optimizer, params, 1, seed=7)
+        assert set(optimizer.state) <= set(params)
+        for p, state in optimizer.state.items():
+            assert state["step"].shape == ()
+            assert state["step"].dtype == torch.float32
+            assert all(type(value) is torch.Tensor and value.shape == p.shape for key, value in state.items() if key != "step")
