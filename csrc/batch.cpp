@@ -68,7 +68,18 @@ PyObject* entry_of(PyObject* state, PyObject* tensor) {
   return entry;
 }
 
-bool is_negated_view(PyObject* tensor) {  // torch's lazy negation, which no description of the memory shows
+// param.grad, by the getter that torch gave its tensors, without looking it up each time.
+PyObject* grad_of(PyObject* param) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  static PyObject* const found = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), name);
+  if (!found || Py_TYPE(found) != &PyGetSetDescr_Type || !PyType_IsSubtype(Py_TYPE(param), PyDescr_TYPE(found))) return PyObject_GetAttr(param, name);
+  const PyGetSetDef* getter = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
+  return getter->get(param, getter->closure);
+}
+
+// torch's lazy negation, which no description of the memory shows. It comes as the imaginary part of a conjugate, whose
+// elements lie two apart: dense, as far as strides go, where there is one element.
+bool is_negated_view(PyObject* tensor) {
   static PyObject* const is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "is_neg");
   PyObject* answer = PyObject_CallOneArg(is_neg, tensor);
   if (!answer) throw py::error_already_set();
@@ -103,7 +114,7 @@ bool Batch::describe(py::handle object, dlpack::Tensor& out) {
   const PyTypeObject* type = Py_TYPE(object.ptr());
   if (type != tensor_type_ && type != parameter_type_) return false;
   if (api_->tensor_from_object(object.ptr(), &out) == 0) {
-    touched_.insert(touched_.end(), {object.ptr(), out.shape, out.data});  // the object, torch's tensor, its values
+    touched_.insert(touched_.end(), {object.ptr(), out.shape});  // the object, the tensor in it
     return true;
   }
   PyErr_Clear();  // sparse, meta and the like: Python's path says what is wrong with them
@@ -122,12 +133,12 @@ int64_t Batch::coefficients_for(int group, float step) {
 // A thousand small tensors are thousands of cold objects: asks for those the last step read a few parameters further on.
 // Addresses of things long gone do no harm here.
 void Batch::fetch_ahead() {
-  const size_t each = 3 * (slots_.size() + 3);
+  const size_t each = 2 * (slots_.size() + 2);
   const size_t from = touched_.size() + kAhead * each, to = std::min(from + each, touched_before_.size());
   for (size_t k = from; k < to; ++k) {
     const char* address = static_cast<const char*>(touched_before_[k]);
     __builtin_prefetch(address);
-    if (k % 3 == 1) __builtin_prefetch(address - 64), __builtin_prefetch(address + 64);
+    if (k % 2 == 1) for (int line = -4; line <= 2; ++line) __builtin_prefetch(address + 64 * line);
   }
 }
 
@@ -137,6 +148,17 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
 }
 
+// The number in a step tensor. Described once an object: the held reference keeps another from taking its address.
+float* Batch::count_of(PyObject* step) {
+  const size_t k = counts_.size();
+  if (k < known_steps_.size() && known_steps_[k].first.ptr() == step) return known_steps_[k].second;
+  dlpack::Tensor s;
+  if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return nullptr;
+  if (k >= known_steps_.size()) known_steps_.resize(k + 1);
+  known_steps_[k] = {py::reinterpret_borrow<py::object>(step), reinterpret_cast<float*>(address_of(s))};
+  return known_steps_[k].second;
+}
+
 bool Batch::take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
@@ -144,15 +166,16 @@ bool Batch::take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObje
   if (!describe(param, p) || !describe(grad, g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad)) return false;
+  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g)) return false;
+  if (numel_of(p) == 1 && is_negated_view(grad)) return false;
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
   Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
   for (size_t k = 0; k < slots_.size(); ++k) {
     if (!describe(slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
     row.slot[k] = address_of(s);
   }
-  if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
-  float* count = reinterpret_cast<float*>(address_of(s));
+  float* count = count_of(step);
+  if (!count) return false;
   row.coefficients = coefficients_for(group, *count + 1);
   launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
   counts_.push_back({count, *count + 1});
@@ -168,13 +191,12 @@ bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle st
 }
 
 py::list Batch::read(py::list params, py::dict state, int group) {
-  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   static PyObject* const step_name = PyUnicode_InternFromString("step");
   py::list left;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
     fetch_ahead();
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
+    const auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     PyObject* entry = entry_of(state.ptr(), param);

@@ -41,6 +41,7 @@ class Batch {
   struct Launch { int device_type, device_id; DType param, grad; std::vector<Row> rows; };
   struct Count { float* step; float next; };
 
+  float* count_of(PyObject* step);
   void fetch_ahead();
   bool describe(py::handle object, dlpack::Tensor& out);
   bool take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group);
@@ -55,6 +56,7 @@ class Batch {
   std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;
   std::unordered_map<uint64_t, int64_t> key_index_;
+  std::vector<std::pair<py::object, float*>> known_steps_;
   std::vector<const void*> touched_, touched_before_;  // memory read for each parameter, to fetch it ahead next time
   std::vector<py::object> held_;  // gradients, which another thread could free while the lock is released
 };
