@@ -20,23 +20,40 @@ CUDA = os.environ.get("ADABAYES_FUSED_CUDA", "auto")
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
-        options = [f"-DADABAYES_OUTPUT={output}", f"-DPython_EXECUTABLE={sys.executable}", "-DADABAYES_TESTS=OFF"]
-        if CUDA == "0":
-            options.append("-DADABAYES_CUDA=OFF")
-        try:
-            subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
-            subprocess.run(["cmake", "--build", build, "--target", "_native"], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            if NATIVE == "1":
-                raise
-            compiler = shutil.which(os.environ.get("CXX", "c++"))
-            reason = f"{error}" if compiler else "no C++ compiler was found"
-            print(f"adabayes_fused: left out the compiled CPU and CUDA kernels: {reason}", file=sys.stderr)
-            return
-        if not any("CMAKE_CUDA_COMPILER:" in line for line in (build / "CMakeCache.txt").read_text().splitlines()):
-            print("adabayes_fused: left out the CUDA kernels: nvcc was not found", file=sys.stderr)
+        reason = None
+        for cuda in ("OFF",) if CUDA == "0" else ("ON", "OFF"):  # a CUDA toolkit too old must not cost the CPU kernels
+            try:
+                self.run_cmake(ext, cuda)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if NATIVE == "1":
+                    raise
+                reason = error if self.found("CXX") or isinstance(error, OSError) else "no C++ compiler was found"
+                what = "compiled CPU and CUDA kernels"
+            else:
+                what = "CUDA kernels"
+                if cuda == "ON" and not self.found("CUDA"):
+                    reason = "nvcc was not found on the PATH"
+                break
+        if reason:
+            print(f"adabayes_fused: left out the {what}: {reason}", file=sys.stderr)
+
+    def run_cmake(self, ext, cuda):
+        options = {
+            "ADABAYES_OUTPUT": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "ADABAYES_CUDA": cuda,
+            "ADABAYES_TESTS": "OFF",
+            "Python_EXECUTABLE": sys.executable,
+        }
+        given = [f"-D{name}={value}" for name, value in options.items()]
+        shutil.rmtree(self.build_temp, ignore_errors=True)  # remembers an isolated build's tools, which are gone
+        subprocess.run(["cmake", "-S", ROOT, "-B", self.build_temp, "-G", "Ninja", *given], check=True)
+        subprocess.run(["cmake", "--build", self.build_temp, "--target", "_native"], check=True)
+
+    def found(self, language):
+        """Whether CMake found a compiler for the language."""
+        cache = Path(self.build_temp, "CMakeCache.txt")
+        lines = cache.read_text().splitlines() if cache.exists() else []
+        return any(line.startswith(f"CMAKE_{language}_COMPILER:") and not line.endswith("NOTFOUND") for line in lines)
 
 
 setup(

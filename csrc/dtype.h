@@ -25,7 +25,9 @@ RULE_FN float widen(half_t x) {
   return __half2float(__ushort_as_half(x.bits));
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);  // also makes subnormals normal
+  const uint32_t normal = magnitude + (112u << 23);
+  const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - 0x1p-14f);  // no float here is subnormal itself
+  const uint32_t finite = magnitude < 1u << 23 ? subnormal : normal;
   return float_of(sign | (magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000 : finite));
 #endif
 }

@@ -1,5 +1,6 @@
 // What one thread of the CUDA kernel does. Host and device code: a C++ test runs it thread by thread on the host.
 #pragma once
+#include <type_traits>
 #include "dispatch.h"
 
 #ifdef __CUDACC__
@@ -49,8 +50,9 @@ RULE_FN void load_grad(DType dtype, int64_t address, int64_t i, T* to) {
       case DType::f32: return load<N>(reinterpret_cast<const float*>(address), i, to);
       case DType::f64: return load<N>(reinterpret_cast<const double*>(address), i, to);
       case DType::f16: return load<N>(reinterpret_cast<const half_t*>(address), i, to);
-      case DType::bf16: return load<N>(reinterpret_cast<const bfloat16_t*>(address), i, to);
+      case DType::bf16: break;
     }
+    load<N>(reinterpret_cast<const bfloat16_t*>(address), i, to);
   } else {
     load<N>(reinterpret_cast<const G*>(address), i, to);
   }

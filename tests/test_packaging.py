@@ -1,0 +1,164 @@
+"""What is built, and what is in it. Builds happen in copies, with this environment's tools and without a network."""
+
+import email
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import adabayes_fused
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = re.compile(r"adabayes_fused: left out .*")
+COMPILER_VARIABLES = ("CXX", "CC", "CUDACXX", "CUDA_PATH", "CUDA_HOME", "ADABAYES_FUSED_NATIVE", "ADABAYES_FUSED_CUDA")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+def tools(folder, names):
+    """A directory for PATH with these programs, or, for None, with all that are on PATH but nvcc."""
+    folder.mkdir()
+    for place in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for program in place.iterdir() if place.is_dir() else ():
+            wanted = program.name in names if names is not None else program.name != "nvcc"
+            if wanted and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def run(command, cwd, **variables):
+    environment = {k: v for k, v in os.environ.items() if k not in COMPILER_VARIABLES} | variables
+    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def wheel(source, out, **variables):
+    """Builds a wheel; returns its path and what pip printed."""
+    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
+    printed = run(pip, source, **variables)
+    (built,) = out.glob("*.whl")
+    return built, printed
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the source tree: building writes into it."""
+    ignore = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__", "demo")
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=ignore))
+
+
+def needs(*programs):
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)} on PATH")
+
+
+def test_version_stands_in_one_place(source):
+    version = adabayes_fused.__version__
+    assert importlib.metadata.version("adabayes_fused") == version
+    files = [source / "pyproject.toml", source / "setup.py", source / "CMakeLists.txt", *source.glob("adabayes_fused/**/*.py")]
+    assert [f.name for f in files if f'"{version}"' in f.read_text()] == ["_version.py"]
+
+
+def test_pure_wheel(source, tmp_path):
+    built, _ = wheel(source, tmp_path, ADABAYES_FUSED_NATIVE="0")
+    assert built.name == f"adabayes_fused-{adabayes_fused.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(built) as archive:
+        names = set(archive.namelist())
+        metadata = email.message_from_bytes(archive.read(next(n for n in names if n.endswith("METADATA"))))
+    modules = {str(f.relative_to(source)) for f in source.glob("adabayes_fused/**/*.py")}
+    assert "adabayes_fused/optimizer.py" in modules
+    kernels = {"adabayes_fused/" + str(f.relative_to(source)) for f in source.glob("triton_kernels/*.py")}
+    assert "adabayes_fused/triton_kernels/rules.py" in kernels
+    assert {n for n in names if ".dist-info/" not in n} == modules | kernels
+    assert any(n.endswith("LICENSE") for n in names)
+    assert metadata["Version"] == adabayes_fused.__version__
+    required = [r for r in metadata.get_all("Requires-Dist") if "extra" not in r]
+    assert [re.match(r"\w+", r)[0] for r in required] == ["torch"]
+
+
+def test_isolated_build_does_not_need_torch():
+    requires = re.search(r"\[build-system\]\s*requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+    assert "pybind11" in requires
+    assert "torch" not in requires
+
+
+@needs("cmake", "ninja", "c++")
+def test_sdist_builds_without_nvcc(source, tmp_path):
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run([sys.executable, "-c", build, str(tmp_path)], source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for place in ("csrc", "triton_kernels", "tests"):
+        here = {f.relative_to(source) for f in (source / place).rglob("*") if f.is_file() and f.suffix != ".pyc"}
+        assert here
+        assert {f.relative_to(unpacked) for f in (unpacked / place).rglob("*") if f.is_file()} == here
+
+    path = tools(tmp_path / "bin", None)
+    built, printed = wheel(unpacked, tmp_path, ADABAYES_FUSED_NATIVE="1", PATH=path)
+    assert LEFT_OUT.findall(printed) == ["adabayes_fused: left out the CUDA kernels: nvcc was not found on the PATH"]
+    check_cpu_only(built, tmp_path / "site")
+
+
+@pytest.fixture
+def broken_cuda(source):
+    """A source tree that builds in seconds: nothing but the module's name, and CUDA code no toolkit compiles."""
+    for file in source.glob("csrc/*.cpp"):
+        file.write_text("")
+    (source / "csrc/module.cpp").write_text("#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_native, m) {}\n")
+    (source / "csrc/cuda.cu").write_text("#error too old\n")
+    return source
+
+
+@needs("cmake", "ninja", "c++")
+def test_cuda_can_be_declined(broken_cuda, tmp_path):
+    built, printed = wheel(broken_cuda, tmp_path, ADABAYES_FUSED_NATIVE="1", ADABAYES_FUSED_CUDA="0")
+    assert not LEFT_OUT.findall(printed)
+    check_cpu_only(built, tmp_path / "site")
+
+
+@needs("cmake", "ninja", "c++", "nvcc")
+def test_cuda_that_does_not_build_does_not_cost_the_cpu_kernels(broken_cuda, tmp_path):
+    built, printed = wheel(broken_cuda, tmp_path)
+    (line,) = LEFT_OUT.findall(printed)
+    assert line.startswith("adabayes_fused: left out the CUDA kernels: ")
+    check_cpu_only(built, tmp_path / "site")
+
+
+@needs("cmake", "ninja")
+def test_no_compiler_leaves_a_package_that_imports(source, tmp_path):
+    built, printed = wheel(source, tmp_path, PATH=tools(tmp_path / "bin", ("cmake", "ninja")))
+    assert LEFT_OUT.findall(printed) == ["adabayes_fused: left out the compiled CPU and CUDA kernels: no C++ compiler was found"]
+    code = "from adabayes_fused.backends import native; print(native.__file__, native.module)"
+    file, module = installed(built, tmp_path / "site", code).split()
+    assert file.startswith(str(tmp_path))
+    assert module == "None"
+
+
+@needs("cmake", "ninja")
+def test_a_build_that_must_be_native_fails_without_a_compiler(source, tmp_path):
+    with pytest.raises(AssertionError, match="CMAKE_CXX_COMPILER"):
+        wheel(source, tmp_path, ADABAYES_FUSED_NATIVE="1", PATH=tools(tmp_path / "bin", ("cmake", "ninja")))
+
+
+def installed(built, site, code):
+    """Runs code in a fresh interpreter where the wheel, and no development install, is what is imported."""
+    zipfile.ZipFile(built).extractall(site)
+    alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]; "
+    return run([sys.executable, "-c", alone + code], site, PYTHONPATH=str(site))
+
+
+def check_cpu_only(built, site):
+    code = "from adabayes_fused.backends.native import module; print(module.__file__, hasattr(module, 'run_cuda'))"
+    file, has_cuda = installed(built, site, code).split()
+    assert file.startswith(str(site))
+    assert has_cuda == "False"
