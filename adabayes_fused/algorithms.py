@@ -138,8 +138,10 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
         _within(group["eps"], 0.0, inf, "epsilon value", "a finite number >= 0")
         return
     if batch_size is None:
-        raise ValueError("AdaBayes needs batch_size: the number of examples the mean loss of one step averages over "
-                         "(micro-batch x accumulation x processes); given None")
+        raise ValueError(
+            "AdaBayes needs batch_size: the number of examples the mean loss of one step averages over "
+            "(micro-batch x accumulation x processes); given None"
+        )
     if group["transition"] not in ("paper", "exact"):
         raise ValueError(f"Invalid transition: {group['transition']!r} (allowed: 'paper', 'exact')")
     if not isinstance(group["variance_follows_lr"], (bool, int)):

@@ -44,7 +44,9 @@ def _collect(optimizer, grad_scale, found_inf, on_device, created) -> Callable[[
     batch = None if on_device else optimizer._reader()
     positions = _unread(optimizer) if batch is None else _read(optimizer, batch)
     prepared = _prepare(optimizer, positions, on_device, created) if positions else []
-    by_tensor = [p for p in prepared if batch is None or not batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)]
+    by_tensor = [
+        p for p in prepared if batch is None or not batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
+    ]
     launches = [] if batch is None else _launches_of_rows(optimizer, batch, grad_scale)
     launches += _launches_of_tensors(optimizer, by_tensor, grad_scale, found_inf, on_device)
     runs = [backends.BACKENDS[backends.choose(optimizer.backend, launch.device)].prepare(launch) for launch in launches]
@@ -97,8 +99,18 @@ def _launches_of_rows(optimizer, batch, grad_scale: float) -> list[Launch]:
         if coefficients is None:
             coefficients = _coefficients(optimizer, batch.coefficient_keys(), grad_scale)
         device = torch.device("cpu") if device_type == native.DLPACK_CPU else torch.device("cuda", index)
-        launches.append(Launch(optimizer.algorithm, optimizer.lean, device, DTYPES[param_dtype], DTYPES[grad_dtype],
-                               coefficients, address=address, count=count))
+        launches.append(
+            Launch(
+                optimizer.algorithm,
+                optimizer.lean,
+                device,
+                DTYPES[param_dtype],
+                DTYPES[grad_dtype],
+                coefficients,
+                address=address,
+                count=count,
+            )
+        )
     return launches
 
 
@@ -115,11 +127,20 @@ def _launches_of_tensors(optimizer, prepared: list[Prepared], grad_scale, found_
             keys: dict[tuple[int, float], int] = {}
             which = [keys.setdefault((p.group, float(p.step) + 1), len(keys)) for p in members]
             coefficients = _coefficients(optimizer, keys, grad_scale)
-        launches.append(Launch(
-            optimizer.algorithm, optimizer.lean, device, param_dtype, grad_dtype, coefficients,
-            tensors=[p.tensors for p in members], which=which, found_inf=_on(device, found_inf, torch.float32),
-            kept_alive=optimizer._kept_alive,
-        ))
+        launches.append(
+            Launch(
+                optimizer.algorithm,
+                optimizer.lean,
+                device,
+                param_dtype,
+                grad_dtype,
+                coefficients,
+                tensors=[p.tensors for p in members],
+                which=which,
+                found_inf=_on(device, found_inf, torch.float32),
+                kept_alive=optimizer._kept_alive,
+            )
+        )
     return launches
 
 
@@ -138,7 +159,9 @@ def _device_coefficients(optimizer, members: list[Prepared], device: torch.devic
         at = [i for i, p in enumerate(members) if p.group == g]
         group = _scalars(optimizer.param_groups[g], lambda t: _on(device, t, dtype))
         start, stop = at[0], at[-1] + 1  # members come in the groups' order
-        for column, value in enumerate(optimizer.algorithm.coefficients(group, steps[start:stop], _on(device, grad_scale, dtype))):
+        for column, value in enumerate(
+            optimizer.algorithm.coefficients(group, steps[start:stop], _on(device, grad_scale, dtype))
+        ):
             rows[start:stop, column] = value
     return rows
 

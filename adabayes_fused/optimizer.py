@@ -243,18 +243,18 @@ class AdaBayes(_FusedOptimizer):
 
     Args:
         params: parameters, or groups of them; float32, float64, float16, bfloat16 or complex, on any device.
-        lr: the paper's eta, Adam's learning rate. A float or a one-element tensor. Schedulers may set 0: weights stand still then.
+        lr: the paper's eta, Adam's learning rate. A float or a one-element tensor. At 0 weights stand still.
         batch_size: the number of examples the mean loss of one step averages over: micro-batch x accumulation x processes.
             It sets the filter's memory, 1/kappa steps.
         sgd_lr: the learning rate of a weight whose gradients say nothing, SGD's. It follows the schedule of ``lr``.
         betas: decay of the averages of the gradient and of its square; the latter is kept for you, the update has no use for it.
         weight_decay: decoupled; a step multiplies weights by ``1 - lr * weight_decay``, as torch's AdamW does.
-        transition: ``"paper"``, the linearised drift of Eq. 16b, for kappa <= 1; ``"exact"``, its Ornstein-Uhlenbeck process, for any.
+        transition: ``"paper"``, the linearised drift of Eq. 16b, for kappa <= 1; ``"exact"``, the process itself, for any.
         variance_follows_lr: keep variances relative to sigma^2, so that a new ``lr`` acts at once, as in Adam. False keeps
             the literal variance, which lags behind a schedule as the paper's own runs did.
         maximize: ascend.
         lean: keep only what the recursion needs (``exp_avg``, ``prior_var``): the same weights, AdamW's memory and traffic.
-        backend: ``"auto"`` takes the fastest that runs on each parameter's device; ``"cpp"``, ``"cuda"``, ``"triton"``, ``"foreach"``.
+        backend: ``"auto"``, the fastest on each parameter's device; ``"cpp"``, ``"cuda"``, ``"triton"``, ``"foreach"``.
         capturable: keep step counts and scalars on the device, for CUDA graphs.
         fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
             the scaler, for Lightning's clipping and Accelerate's fp16.
@@ -286,8 +286,17 @@ class AdaBayes(_FusedOptimizer):
         capturable: bool = False,
         fused_unscale: bool = True,
     ) -> None:
-        defaults = dict(lr=lr, batch_size=batch_size, sgd_lr=sgd_lr, betas=betas, weight_decay=weight_decay, transition=transition,
-                        variance_follows_lr=variance_follows_lr, maximize=maximize, capturable=capturable)
+        defaults = dict(
+            lr=lr,
+            batch_size=batch_size,
+            sgd_lr=sgd_lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            transition=transition,
+            variance_follows_lr=variance_follows_lr,
+            maximize=maximize,
+            capturable=capturable,
+        )
         super().__init__(params, defaults, backend=backend, lean=lean, fused_unscale=fused_unscale)
 
 
@@ -331,6 +340,14 @@ class AdaBayesFP(_FusedOptimizer):
         capturable: bool = False,
         fused_unscale: bool = True,
     ) -> None:
-        defaults = dict(lr=lr, sgd_lr=sgd_lr, betas=betas, eps=eps, weight_decay=weight_decay, batch_size=batch_size,
-                        maximize=maximize, capturable=capturable)
+        defaults = dict(
+            lr=lr,
+            sgd_lr=sgd_lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            maximize=maximize,
+            capturable=capturable,
+        )
         super().__init__(params, defaults, backend=backend, lean=lean, fused_unscale=fused_unscale)

@@ -79,11 +79,33 @@ class AdaBayes(_Reference):
 
     algorithm = ADABAYES
 
-    def __init__(self, params, lr=1e-3, *, batch_size, sgd_lr=0.1, betas=(0.9, 0.999), weight_decay=0.05,
-                 transition="paper", variance_follows_lr=True, maximize=False):
-        super().__init__(params, dict(lr=lr, batch_size=batch_size, sgd_lr=sgd_lr, betas=betas, weight_decay=weight_decay,
-                                      transition=transition, variance_follows_lr=variance_follows_lr, maximize=maximize,
-                                      capturable=False))
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        *,
+        batch_size,
+        sgd_lr=0.1,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+        transition="paper",
+        variance_follows_lr=True,
+        maximize=False,
+    ):
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                batch_size=batch_size,
+                sgd_lr=sgd_lr,
+                betas=betas,
+                weight_decay=weight_decay,
+                transition=transition,
+                variance_follows_lr=variance_follows_lr,
+                maximize=maximize,
+                capturable=False,
+            ),
+        )
 
     def _update(self, p, grad, state, group):
         eta, batch_size = float(group["lr"]), float(group["batch_size"])
@@ -116,10 +138,22 @@ class AdaBayesFP(_Reference):
 
     algorithm = ADABAYES_FP
 
-    def __init__(self, params, lr=1e-3, *, sgd_lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, batch_size=None,
-                 maximize=False):
-        super().__init__(params, dict(lr=lr, sgd_lr=sgd_lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      batch_size=batch_size, maximize=maximize, capturable=False))
+    def __init__(
+        self, params, lr=1e-3, *, sgd_lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, batch_size=None, maximize=False
+    ):
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                sgd_lr=sgd_lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                batch_size=batch_size,
+                maximize=maximize,
+                capturable=False,
+            ),
+        )
 
     def _update(self, p, grad, state, group):
         eta, batch_size = float(group["lr"]), float(group["batch_size"] or 1)  # the batch size cancels in the weights

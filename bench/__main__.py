@@ -29,7 +29,7 @@ def check(shapes, device):
     """Raises AssertionError, naming the element, where three fused steps and three slow ones disagree."""
     for name, judge in JUDGES.items():
         fused, slow = parameters(shapes, device), parameters(shapes, device)
-        for params, optimizer in ((fused, CONTENDERS[name](fused)), (slow, CONTENDERS[judge](slow))):
+        for optimizer in (CONTENDERS[name](fused), CONTENDERS[judge](slow)):
             for _ in range(3):
                 optimizer.step()
         for i, (p, q) in enumerate(zip(fused, slow, strict=True)):
@@ -75,8 +75,14 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small cases, under a minute")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of each case")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
-                        help=f"first is what the others are compared with; of {', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"first is what the others are compared with; of {', '.join(CONTENDERS)}",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     parser.add_argument("--case", choices=SHAPES | QUICK, help="measure one case in this process; prints JSON")
@@ -89,8 +95,14 @@ def main():
         results = {case: in_a_process(case, args) for case in bar.track(cases, description="measuring")}
     for case, times in results.items():
         show(console, case, times)
-    about = dict(adabayes_fused=adabayes_fused.__version__, torch=torch.__version__, python=platform.python_version(),
-                 machine=platform.machine(), cores=torch.get_num_threads(), device=args.device)
+    about = dict(
+        adabayes_fused=adabayes_fused.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        machine=platform.machine(),
+        cores=torch.get_num_threads(),
+        device=args.device,
+    )
     args.output.write_text(json.dumps(dict(about=about, seconds=results), indent=1))
     console.print(f"written: {args.output}")
 

@@ -22,8 +22,12 @@ CONTENDERS = {  # the first is what the others are compared with
     "AdaBayes-FP lean": lambda p: AdaBayesFP(p, lean=True),
     "torch AdamW fused": lambda p: torch.optim.AdamW(p, fused=True, weight_decay=0.05),
 }
-JUDGES = {"AdaBayes": "slow path AdaBayes", "AdaBayes lean": "slow path AdaBayes",
-          "AdaBayes-FP": "slow path AdaBayes-FP", "AdaBayes-FP lean": "slow path AdaBayes-FP"}
+JUDGES = {
+    "AdaBayes": "slow path AdaBayes",
+    "AdaBayes lean": "slow path AdaBayes",
+    "AdaBayes-FP": "slow path AdaBayes-FP",
+    "AdaBayes-FP lean": "slow path AdaBayes-FP",
+}
 
 
 def parameters(shapes, device, seed=0):

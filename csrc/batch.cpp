@@ -77,8 +77,7 @@ PyObject* grad_of(PyObject* param) {
   return getter->get(param, getter->closure);
 }
 
-// torch's lazy negation, which no description of the memory shows. It comes as the imaginary part of a conjugate, whose
-// elements lie two apart: dense, as far as strides go, where there is one element.
+// torch's lazy negation, which no description of the memory shows.
 bool is_negated_view(PyObject* tensor) {
   static PyObject* const is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "is_neg");
   PyObject* answer = PyObject_CallOneArg(is_neg, tensor);
@@ -166,8 +165,7 @@ bool Batch::take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObje
   if (!describe(param, p) || !describe(grad, g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g)) return false;
-  if (numel_of(p) == 1 && is_negated_view(grad)) return false;
+  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad)) return false;
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
   Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
   for (size_t k = 0; k < slots_.size(); ++k) {

@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 import torch
+from transcription import Weight
 
 from adabayes_fused import AdaBayes, AdaBayesFP, reference
-from transcription import Weight
 
 FUSED = {"AdaBayes": AdaBayes, "AdaBayesFP": AdaBayesFP}
 SLOW = {"AdaBayes": reference.AdaBayes, "AdaBayesFP": reference.AdaBayesFP}
@@ -18,7 +18,10 @@ CASES = {
     "AdaBayes": ("AdaBayes", dict(batch_size=8)),
     "AdaBayes-exact": ("AdaBayes", dict(batch_size=300, sgd_lr=0.5, transition="exact")),  # kappa = 0.06
     "AdaBayes-literal": ("AdaBayes", dict(batch_size=64, variance_follows_lr=False)),
-    "AdaBayes-exact-literal": ("AdaBayes", dict(batch_size=2000, sgd_lr=0.02, transition="exact", variance_follows_lr=False)),  # kappa = 10
+    "AdaBayes-exact-literal": (
+        "AdaBayes",
+        dict(batch_size=2000, sgd_lr=0.02, transition="exact", variance_follows_lr=False),
+    ),  # kappa = 10
     "AdaBayes-maximize": ("AdaBayes", dict(batch_size=1, weight_decay=0.0, maximize=True, betas=(0.5, 0.9))),
     "AdaBayesFP": ("AdaBayesFP", dict(eps=0.0)),
     "AdaBayesFP-eps": ("AdaBayesFP", dict(eps=1e-3, sgd_lr=3.0, batch_size=8)),
@@ -63,8 +66,15 @@ def run(optimizer, params, steps, dtype=None):
 def transcribe(case, steps, dtype):
     """The same run through the paper's equations, on the same (rounded) weights and gradients."""
     name, options = CASES[case]
-    weights = [Weight(p.detach().double().numpy(), fixed_point=name == "AdaBayesFP", lr=LR, **({"eps": 1e-8} if name == "AdaBayesFP" else {}) | options)
-               for p in make_params(dtype)]
+    weights = [
+        Weight(
+            p.detach().double().numpy(),
+            fixed_point=name == "AdaBayesFP",
+            lr=LR,
+            **({"eps": 1e-8} if name == "AdaBayesFP" else {}) | options,
+        )
+        for p in make_params(dtype)
+    ]
     for t, grads in enumerate(gradients(steps, dtype)):
         for weight, grad in zip(weights, grads, strict=True):
             if grad is not None:
@@ -100,9 +110,16 @@ def in_paper_units(optimizer, p, sigma_sq):
 def assert_equal_to_paper(params, optimizer, weights, tolerance=1e-12):
     """Weights, moments, variances and step counts against the transcription."""
     for i, (p, weight) in enumerate(zip(params, weights, strict=True)):
-        np.testing.assert_allclose(p.detach().cpu().double().numpy(), weight.w, rtol=tolerance, atol=tolerance, err_msg=f"weight {i}")
+        np.testing.assert_allclose(
+            p.detach().cpu().double().numpy(), weight.w, rtol=tolerance, atol=tolerance, err_msg=f"weight {i}"
+        )
         assert float(optimizer.state[p]["step"]) == weight.t, f"step count {i}"
         state = in_paper_units(optimizer, p, weight.sigma_sq)
-        for name, expected in {"exp_avg": weight.m, "exp_avg_sq": weight.v, "prior_var": weight.prior, "post_var": weight.post}.items():
+        for name, expected in {
+            "exp_avg": weight.m,
+            "exp_avg_sq": weight.v,
+            "prior_var": weight.prior,
+            "post_var": weight.post,
+        }.items():
             if name in state and np.isfinite(expected).all() and np.isfinite(state[name]).all():
                 np.testing.assert_allclose(state[name], expected, rtol=1e-10, atol=tolerance, err_msg=f"{name} {i}")

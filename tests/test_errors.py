@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from runs import FUSED, SLOW
 
 from adabayes_fused import AdaBayes, AdaBayesFP
-from runs import FUSED, SLOW
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 nan, inf = math.nan, math.inf
@@ -116,12 +116,15 @@ def test_sparse_gradient(name, backend, begun):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize(("change", "error", "words"), [
-    (dict(lr=1.0), ValueError, 'kappa = lr \\* batch_size / r = 1 \\* 128 / 100 = 1.28 is above 1.*transition="exact"'),
-    (dict(lr=nan), ValueError, "Invalid learning rate: nan"),
-    (dict(batch_size=0), ValueError, "Invalid batch_size: 0"),
-    (dict(betas=(0.9, 1.0)), ValueError, "index 1: 1.0"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(lr=1.0), ValueError, 'kappa = lr \\* batch_size / r = 1 \\* 128 / 100 = 1.28 is above 1.*transition="exact"'),
+        (dict(lr=nan), ValueError, "Invalid learning rate: nan"),
+        (dict(batch_size=0), ValueError, "Invalid batch_size: 0"),
+        (dict(betas=(0.9, 1.0)), ValueError, "index 1: 1.0"),
+    ],
+)
 def test_option_that_went_wrong_between_steps(change, error, words, begun):
     first, second = parameter(5), parameter(6)
     optimizer = AdaBayes([dict(params=[first]), dict(params=[second])], batch_size=128)
@@ -181,9 +184,13 @@ def test_state_of_another_optimizer_or_model(name):
     several = FUSED[name]([parameter(4, 3), parameter(2)], **OPTIONS[name])
     half = copy.deepcopy(before)
     del half["state"][0]["exp_avg"]
-    for bad, words in [(adamw.state_dict(), f"not of {name}.*lacks"), (sibling.state_dict(), f"not of {name}.*lacks"),
-                       (larger.state_dict(), r"exp_avg of parameter 0 has shape \(4, 4\), the parameter \(4, 3\)"),
-                       (several.state_dict(), "doesn't match the size"), (half, "the state of parameter 0 lacks exp_avg")]:
+    for bad, words in [
+        (adamw.state_dict(), f"not of {name}.*lacks"),
+        (sibling.state_dict(), f"not of {name}.*lacks"),
+        (larger.state_dict(), r"exp_avg of parameter 0 has shape \(4, 4\), the parameter \(4, 3\)"),
+        (several.state_dict(), "doesn't match the size"),
+        (half, "the state of parameter 0 lacks exp_avg"),
+    ]:
         with pytest.raises(ValueError, match=words):
             optimizer.load_state_dict(bad)
         after = optimizer.state_dict()

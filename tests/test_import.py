@@ -26,8 +26,10 @@ def run(code):
 
 
 def test_import_leaves_triton_and_cuda_alone():
-    run("import sys, torch\nbefore = 'triton' in sys.modules\nimport adabayes_fused\n"
-        "assert before or 'triton' not in sys.modules\nassert not torch.cuda.is_initialized()")
+    run(
+        "import sys, torch\nbefore = 'triton' in sys.modules\nimport adabayes_fused\n"
+        "assert before or 'triton' not in sys.modules\nassert not torch.cuda.is_initialized()"
+    )
 
 
 @pytest.mark.parametrize("blocked", ["triton", "adabayes_fused._native"])
@@ -36,7 +38,10 @@ def test_trains_without(blocked):
 
 
 def test_without_native_auto_is_foreach_and_cpp_says_what_to_do():
-    out = run("import sys\nsys.modules['adabayes_fused._native'] = None\n" + TRAIN + """
+    out = run(
+        "import sys\nsys.modules['adabayes_fused._native'] = None\n"
+        + TRAIN
+        + """
 from adabayes_fused import backends
 print(backends.choose("auto", torch.device("cpu")))
 optimizer = AdaBayesFP([w], lr=1e-2, backend="cpp")
@@ -46,7 +51,8 @@ try:
 except RuntimeError as error:
     print(error)
 assert torch.equal(w, before)
-""")
+"""
+    )
     chosen, error = out.splitlines()
     assert chosen == "foreach"
     assert "backend='cpp'" in error
@@ -55,10 +61,14 @@ assert torch.equal(w, before)
 
 
 def test_without_triton_its_backend_says_what_to_do():
-    out = run("import sys\nsys.modules['triton'] = None\n" + TRAIN + """
+    out = run(
+        "import sys\nsys.modules['triton'] = None\n"
+        + TRAIN
+        + """
 try:
     AdaBayesFP([w], lr=1e-2, backend="triton").step()
 except RuntimeError as error:
     print(error)
-""")
+"""
+    )
     assert "pip install triton" in out

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from runs import FUSED
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
@@ -74,8 +73,11 @@ def test_layouts(name, layout, grad_layout, target, interpreted):
 def test_expanded_and_negated_gradients(name, target):
     backend, device = target
     start = torch.randn(6, 5, device=device)
-    for lazy in (torch.randn(1, 5, device=device).expand(6, 5), torch.randn((), device=device).expand(6, 5),
-                 torch._neg_view(torch.randn(6, 5, device=device))):
+    for lazy in (
+        torch.randn(1, 5, device=device).expand(6, 5),
+        torch.randn((), device=device).expand(6, 5),
+        torch._neg_view(torch.randn(6, 5, device=device)),
+    ):
         expected, _ = two_steps(name, start, [lazy.clone().contiguous()] * 2, backend)
         p, _ = two_steps(name, start, [lazy] * 2, backend, grad_layout=lambda g: g)
         assert torch.equal(p, expected)
@@ -115,7 +117,10 @@ def test_gradients_of_any_dtype(name, dtype, grad_dtype, target):
 @pytest.mark.parametrize("name", FUSED)
 def test_complex_is_a_pair_of_reals(name, dtype, target):
     backend, device = target
-    start, grads = torch.randn(11, 3, dtype=dtype, device=device), [torch.randn(11, 3, dtype=dtype, device=device) for _ in range(2)]
+    start, grads = (
+        torch.randn(11, 3, dtype=dtype, device=device),
+        [torch.randn(11, 3, dtype=dtype, device=device) for _ in range(2)],
+    )
     p, optimizer = two_steps(name, start, grads, backend)
     expected, other = two_steps(name, torch.view_as_real(start), [torch.view_as_real(g) for g in grads], backend)
     assert torch.equal(torch.view_as_real(p.detach()), expected)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from adabayes_fused import AdaBayes, AdaBayesFP
 from runs import FUSED, SLOW
 from transcription import fixed_point
+
+from adabayes_fused import AdaBayes, AdaBayesFP
 
 
 def train(optimizer, params, grads):

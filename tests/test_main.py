@@ -12,7 +12,9 @@ from adabayes_fused.backends import foreach
 
 
 def run(**environment):
-    return subprocess.run([sys.executable, "-m", "adabayes_fused"], capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "adabayes_fused"], capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def test_report():

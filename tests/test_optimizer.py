@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from runs import FUSED, SLOW
 
 from adabayes_fused import AdaBayes, AdaBayesFP
-from runs import FUSED, SLOW
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 
@@ -38,7 +38,9 @@ def test_groups_have_their_own_options(name, target):
         per_group[0] |= dict(batch_size=2, transition="exact")
         per_group[1] |= dict(variance_follows_lr=False)
     alone = [twin(first), twin(second)]
-    together = make(name, [dict(params=[p], **options) for p, options in zip((first, second), per_group, strict=True)], backend=backend)
+    together = make(
+        name, [dict(params=[p], **options) for p, options in zip((first, second), per_group, strict=True)], backend=backend
+    )
     single = [make(name, [p], backend=backend, **options) for p, options in zip(alone, per_group, strict=True)]
     for _ in range(3):
         together.step()
@@ -72,8 +74,15 @@ def test_what_changes_between_steps_takes_effect(name, target):
     p = parameter(40, device=device, dtype=torch.float64)
     q = torch.nn.Parameter(p.detach().cpu().clone())
     fused, slow = make(name, [p], backend=backend), SLOW[name]([q], **OPTIONS[name])
-    changes = [{}, dict(lr=torch.tensor(3e-3, dtype=torch.float64)), dict(betas=(0.7, 0.9)), dict(weight_decay=1.0), dict(r=30.0),
-               dict(batch_size=5), dict(lr=2e-4)]
+    changes = [
+        {},
+        dict(lr=torch.tensor(3e-3, dtype=torch.float64)),
+        dict(betas=(0.7, 0.9)),
+        dict(weight_decay=1.0),
+        dict(r=30.0),
+        dict(batch_size=5),
+        dict(lr=2e-4),
+    ]
     for change in changes:
         p.grad = torch.randn_like(p)
         q.grad = p.grad.cpu()
@@ -99,8 +108,11 @@ def test_tensor_lr_is_the_groups_own_and_written_in_place():
 def test_schedulers(name):
     p = parameter(8)
     optimizer = make(name, [p], lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 3), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)], [3])
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 3), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)],
+        [3],
+    )
     start = p.detach().clone()
     optimizer.step()
     assert torch.equal(p, start)  # warm-up begins at lr = 0
@@ -171,7 +183,9 @@ def test_pickle_and_deepcopy_go_on_alike(name, policy):
     optimizer = make(name, [p], **policy)
     optimizer.step()
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert [getattr(again, k) for k in ("backend", "lean", "fused_unscale")] == [getattr(optimizer, k) for k in ("backend", "lean", "fused_unscale")]
+        assert [getattr(again, k) for k in ("backend", "lean", "fused_unscale")] == [
+            getattr(optimizer, k) for k in ("backend", "lean", "fused_unscale")
+        ]
         (q,) = again.param_groups[0]["params"]
         q.grad, r = p.grad.clone(), twin(p)
         again.step()
@@ -217,7 +231,12 @@ def test_grad_scaler(name, fused_unscale, target):
 @pytest.mark.parametrize("name", FUSED)
 def test_found_inf_and_grad_scale_in_any_form(name, target):
     backend, device = target
-    for found_inf, grad_scale in [(0, None), (torch.zeros(1), torch.full((1,), 4.0)), (torch.zeros(()), torch.tensor(4.0)), (None, torch.tensor(4.0))]:
+    for found_inf, grad_scale in [
+        (0, None),
+        (torch.zeros(1), torch.full((1,), 4.0)),
+        (torch.zeros(()), torch.tensor(4.0)),
+        (None, torch.tensor(4.0)),
+    ]:
         p = parameter(9, device=device)
         q = twin(p)
         optimizer = make(name, [p], backend=backend)

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-
 from runs import FUSED
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
@@ -17,7 +16,9 @@ def model(device="cpu"):
     generator = torch.Generator().manual_seed(5)
     shapes = [(4, 3), (), (70,), (0, 2), (2, 3, 4, 4)]
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DTYPES[i]).to(device)) for i, s in enumerate(shapes)]
-    params.append(torch.nn.Parameter(torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last).to(device)))
+    params.append(
+        torch.nn.Parameter(torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last).to(device))
+    )
     return params
 
 
@@ -95,10 +96,16 @@ def test_state_that_a_loader_put_in_place_in_another_form(name, target):
     train(other, [q], 2, seed=1)
     for form in ("channels_last", "double", "same"):
         state = other.state[q]
-        state["step"] = {"channels_last": int(state["step"]), "double": state["step"].double(), "same": state["step"].clone()}[form]
+        state["step"] = {"channels_last": int(state["step"]), "double": state["step"].double(), "same": state["step"].clone()}[
+            form
+        ]
         for key in other.algorithm.slots:
             value = state[key]
-            state[key] = {"channels_last": value.contiguous(memory_format=torch.channels_last), "double": value.double(), "same": value.clone()}[form]
+            state[key] = {
+                "channels_last": value.contiguous(memory_format=torch.channels_last),
+                "double": value.double(),
+                "same": value.clone(),
+            }[form]
         train(optimizer, [p], 2, seed=1)
         train(other, [q], 2, seed=1)
         assert torch.equal(p, q)

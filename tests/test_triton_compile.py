@@ -39,9 +39,12 @@ def compile_case(target, index, lean, param, grad, skippable):
     constants = backend.constants(launch)
     at = {name: i for i, name in enumerate(multi_tensor.arg_names)}
     pointers = dict(rows="*i64", chunks="*i64", coefficients="*fp64", found_inf="*fp32" if skippable else "*fp64")
-    source = ASTSource(multi_tensor, pointers | {name: "constexpr" for name in constants},
-                       {(at[name],): value for name, value in constants.items()},
-                       {(at[name],): [["tt.divisibility", 16]] for name in pointers})
+    source = ASTSource(
+        multi_tensor,
+        pointers | {name: "constexpr" for name in constants},
+        {(at[name],): value for name, value in constants.items()},
+        {(at[name],): [["tt.divisibility", 16]] for name in pointers},
+    )
     kernel = triton.compile(source, target=target, options=backend.OPTIONS)
     elements = max(backend.BLOCK // (backend.OPTIONS["num_warps"] * target.warp_size), 1)
     state = max(param.itemsize, 4)

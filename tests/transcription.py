@@ -11,8 +11,21 @@ import numpy as np
 class Weight:
     """One parameter under Algorithm 1 (``fixed_point=False``) or 2; ``options`` as the optimizers' arguments."""
 
-    def __init__(self, w, *, fixed_point, lr, sgd_lr=0.1, batch_size=1, betas=(0.9, 0.999), eps=0.0, weight_decay=0.05,
-                 transition="paper", variance_follows_lr=True, maximize=False):
+    def __init__(
+        self,
+        w,
+        *,
+        fixed_point,
+        lr,
+        sgd_lr=0.1,
+        batch_size=1,
+        betas=(0.9, 0.999),
+        eps=0.0,
+        weight_decay=0.05,
+        transition="paper",
+        variance_follows_lr=True,
+        maximize=False,
+    ):
         self.w = np.array(w, dtype=np.float64)
         self.m, self.v = np.zeros_like(self.w), np.zeros_like(self.w)
         self.r, self.batch_size, self.sign = sgd_lr / lr, batch_size, -1.0 if maximize else 1.0

@@ -40,8 +40,21 @@ def _store(pointer, offsets, left, value, FULL: tl.constexpr):
 
 
 @triton.jit
-def _update_chunk(row, c, begin, left, RULE: tl.constexpr, READS: tl.constexpr, SLOTS: tl.constexpr, PARAM: tl.constexpr,
-                  GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def _update_chunk(
+    row,
+    c,
+    begin,
+    left,
+    RULE: tl.constexpr,
+    READS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
     param_ptr = _pointer(row, 0, PARAM, begin, FULL)
     grad_ptr = _pointer(row, 1, GRAD, begin, FULL)
     ptr0 = _pointer(row, 2, STATE, begin, FULL)
@@ -66,9 +79,21 @@ def _update_chunk(row, c, begin, left, RULE: tl.constexpr, READS: tl.constexpr, 
 
 
 @triton.jit
-def multi_tensor(rows, chunks, coefficients, found_inf, RULE: tl.constexpr, READS: tl.constexpr, SLOTS: tl.constexpr,
-                 PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-                 SKIPPABLE: tl.constexpr):
+def multi_tensor(
+    rows,
+    chunks,
+    coefficients,
+    found_inf,
+    RULE: tl.constexpr,
+    READS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+):
     """``found_inf``: one float; where SKIPPABLE and it is not zero, nothing changes."""
     entry = tl.load(chunks + tl.program_id(0))
     row = rows + (entry >> 32) * 8
@@ -77,8 +102,16 @@ def multi_tensor(rows, chunks, coefficients, found_inf, RULE: tl.constexpr, READ
     if SKIPPABLE:
         left = tl.where(tl.load(found_inf) != 0, 0, left)
     k = coefficients + tl.load(row + 7) * 8
-    c = (tl.load(k).to(STATE), tl.load(k + 1).to(STATE), tl.load(k + 2).to(STATE), tl.load(k + 3).to(STATE),
-         tl.load(k + 4).to(STATE), tl.load(k + 5).to(STATE), tl.load(k + 6).to(STATE), tl.load(k + 7).to(STATE))
+    c = (
+        tl.load(k).to(STATE),
+        tl.load(k + 1).to(STATE),
+        tl.load(k + 2).to(STATE),
+        tl.load(k + 3).to(STATE),
+        tl.load(k + 4).to(STATE),
+        tl.load(k + 5).to(STATE),
+        tl.load(k + 6).to(STATE),
+        tl.load(k + 7).to(STATE),
+    )
     addresses = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 4) | tl.load(row + 5)
     if (left >= CHUNK) & (addresses % 16 == 0):
         _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, True)

@@ -15,7 +15,9 @@ def unavailable(device: torch.device) -> str | None:
     if native.module is None:
         return native.missing
     if not hasattr(native.module, "run_cuda"):
-        return "the extension was built without CUDA; put nvcc on the PATH and run 'pip install --force-reinstall --no-deps .' again"
+        return (
+            "the extension was built without CUDA; with nvcc on the PATH, run 'pip install --force-reinstall --no-deps .'"
+        )
     if torch.version.hip is not None:
         return "this torch is built for ROCm; use backend='triton'"
     if device.type != "cuda":
@@ -32,7 +34,13 @@ def prepare(launch: Launch) -> Callable[[], None]:
     def run() -> None:
         if len(chunks):
             found_inf = 0 if launch.found_inf is None else launch.found_inf.data_ptr()
-            native.module.run_cuda(*native.bucket(launch, rows.data_ptr(), coefficients.data_ptr()), chunks.data_ptr(), len(chunks),
-                                   found_inf, index, torch.cuda.current_stream(index).cuda_stream)
+            native.module.run_cuda(
+                *native.bucket(launch, rows.data_ptr(), coefficients.data_ptr()),
+                chunks.data_ptr(),
+                len(chunks),
+                found_inf,
+                index,
+                torch.cuda.current_stream(index).cuda_stream,
+            )
 
     return run

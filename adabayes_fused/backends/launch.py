@@ -45,5 +45,10 @@ class Launch:
             ctypes.memmove(rows.data_ptr(), self.address, rows.nbytes)
             return rows
         unused = [0] * (WORDS - 4 - self.slots)
-        return torch.tensor([[*(t.data_ptr() for t in tensors), *unused, tensors[0].numel(), k]
-                             for k, tensors in zip(self.which, self.tensors, strict=True)], dtype=torch.int64)
+        return torch.tensor(
+            [
+                [*(t.data_ptr() for t in tensors), *unused, tensors[0].numel(), k]
+                for k, tensors in zip(self.which, self.tensors, strict=True)
+            ],
+            dtype=torch.int64,
+        )

@@ -40,10 +40,15 @@ def constants(launch: Launch) -> dict:
     named = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     algorithm = launch.algorithm
     return dict(
-        RULE=RULES[algorithm.name], READS=algorithm.lean if launch.lean else algorithm.reads, SLOTS=launch.slots,
-        PARAM=named[launch.param_dtype], GRAD=named[launch.grad_dtype],
+        RULE=RULES[algorithm.name],
+        READS=algorithm.lean if launch.lean else algorithm.reads,
+        SLOTS=launch.slots,
+        PARAM=named[launch.param_dtype],
+        GRAD=named[launch.grad_dtype],
         STATE=tl.float64 if launch.param_dtype == torch.float64 else tl.float32,
-        CHUNK=CHUNK, BLOCK=BLOCK, SKIPPABLE=launch.found_inf is not None,
+        CHUNK=CHUNK,
+        BLOCK=BLOCK,
+        SKIPPABLE=launch.found_inf is not None,
     )
 
 
