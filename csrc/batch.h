@@ -41,10 +41,20 @@ class Batch {
   struct Launch { int device_type, device_id; DType param, grad; std::vector<Row> rows; };
   struct Count { float* step; float next; };
 
-  float* count_of(PyObject* step);
-  void fetch_ahead();
-  bool describe(py::handle object, dlpack::Tensor& out);
-  bool take(PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group);
+  // What is known of one parameter from the last step.
+  struct Known {
+    PyObject* objects[kMaxSlots + 1] = {};      // step and state tensors
+    float* count = nullptr;                     // where the former's number lies
+    int64_t slot[kMaxSlots] = {};               // where the latter's values lie
+    std::vector<py::object> owners;             // keep both true: another object cannot take a held one's address
+    const void* seen[6] = {};                   // memory that reading this parameter touches
+  };
+
+  bool state_is_known(Known& known, const dlpack::Tensor& param, DType dtype, PyObject* const* slots, PyObject* step);
+  bool describe_state(Known& known, const dlpack::Tensor& param, DType dtype, PyObject* const* slots, PyObject* step);
+  void fetch(const Known& known) const;
+  bool describe(py::handle object, dlpack::Tensor& out) const;
+  bool take(Known& known, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group);
   Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype);
   int64_t coefficients_for(int group, float step);
 
@@ -56,7 +66,7 @@ class Batch {
   std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;
   std::unordered_map<uint64_t, int64_t> key_index_;
-  std::vector<std::pair<py::object, float*>> known_steps_;
-  std::vector<const void*> touched_, touched_before_;  // memory read for each parameter, to fetch it ahead next time
+  std::vector<Known> known_;  // by position in the optimizer's groups
+  size_t position_ = 0, turn_ = 0;
   std::vector<py::object> held_;  // gradients, which another thread could free while the lock is released
 };

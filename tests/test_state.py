@@ -176,3 +176,23 @@ def test_state_holds_plain_tensors_shaped_like_the_parameter():
             assert state["step"].shape == ()
             assert state["step"].dtype == torch.float32
             assert all(type(value) is torch.Tensor and value.shape == p.shape for key, value in state.items() if key != "step")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_moved_by_assigning_data_is_noticed(name, target):
+    backend, device = target
+    p = torch.nn.Parameter(torch.randn(5, 3, device=device))
+    q = torch.nn.Parameter(p.detach().clone())
+    optimizer, other = make(name, [p], backend), make(name, [q], backend)
+    for seed in (1, 2, 4, 5):
+        train(optimizer, [p], 1, seed)
+        train(other, [q], 1, seed)
+        left_behind = {key: value.data for key, value in other.state[q].items()}
+        for value in other.state[q].values():
+            value.data = value.data.clone()
+        kept = {key: value.clone() for key, value in left_behind.items()}
+        train(optimizer, [p], 1, seed)
+        train(other, [q], 1, seed)
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, kept[key]) for key, value in left_behind.items())
+        assert all(torch.equal(value, optimizer.state[p][key]) for key, value in other.state[q].items())
