@@ -6,7 +6,6 @@ The two classes are at the end; what they share is above them, a step's work in 
 from __future__ import annotations
 
 import difflib
-import warnings
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from . import backends
+from . import backends, checkpoint
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
 from .backends import native
 from .collect import collect
-from .gather import new_slot, own_copy, step_tensor
 
 _RUN_POLICY = ("backend", "lean", "fused_unscale")  # outside the groups: a checkpoint must not change it
 
@@ -140,89 +138,22 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
-        # torch casts state to the parameters' dtype, so hide it from torch: after the user's hooks that come before,
-        # and before those that come after.
-        hide = self.register_load_state_dict_pre_hook(_hide_state)
-        restore = self.register_load_state_dict_post_hook(_restore_state, prepend=True)
-        kept = [group["capturable"] for group in self.param_groups]
+        capturable = [group["capturable"] for group in self.param_groups]
+
+        def restore(optimizer) -> None:
+            for group, kept in zip(optimizer.param_groups, capturable, strict=True):
+                group["capturable"] = kept
+            checkpoint.restore_state(optimizer)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(checkpoint.hide_state),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            hide.remove()
-            restore.remove()
-        for group, capturable in zip(self.param_groups, kept, strict=True):
-            group["capturable"] = capturable
-
-
-class _Hidden:
-    """A tensor that torch's load_state_dict passes on untouched."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-
-def _hide_state(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks a state_dict against the optimizer; returns it with its tensors hidden."""
-    _check_groups(optimizer, state_dict["param_groups"])
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=False))
-    state = {}
-    for i, entry in state_dict["state"].items():
-        if i in params:
-            _check_entry(optimizer, i, params[i], entry)
-            entry = {name: _Hidden(value) for name, value in entry.items()}
-        state[i] = entry
-    return {**state_dict, "state": state}
-
-
-def _check_groups(optimizer: _FusedOptimizer, groups: list[dict[str, Any]]) -> None:
-    needed = {*optimizer.defaults, "r"} - {"differentiable", "capturable"}
-    for g, group in enumerate(groups):
-        missing = sorted(needed - group.keys())
-        if missing:
-            raise ValueError(
-                f"loaded state dict is not of {type(optimizer).__name__}: its group {g} lacks {', '.join(missing)} "
-                f"(it has {', '.join(sorted(group))})"
-            )
-
-
-def _check_entry(optimizer: _FusedOptimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:
-    algorithm = optimizer.algorithm
-    missing = [name for name in ("step", *algorithm.stored(lean=True)) if name not in entry]
-    if entry and missing:
-        raise ValueError(
-            f"loaded state dict is not of {type(optimizer).__name__}: the state of parameter {i} lacks {', '.join(missing)} "
-            f"(it has {', '.join(entry)})"
-        )
-    for name in algorithm.slots:
-        if name in entry and entry[name].shape != p.shape:
-            raise ValueError(
-                f"loaded state dict is of another model: {name} of parameter {i} has shape {tuple(entry[name].shape)}, "
-                f"the parameter {tuple(p.shape)}"
-            )
-
-
-def _restore_state(optimizer: _FusedOptimizer) -> None:
-    """Puts the hidden tensors in place, in our dtype, on the parameter's device."""
-    names = optimizer.algorithm.stored(optimizer.lean)
-    absent: set[str] = set()
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state.get(p):
-                continue
-            saved = {name: hidden.tensor for name, hidden in optimizer.state[p].items()}
-            step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
-            entry = {"step": step_tensor(saved["step"], step_device).clone()}
-            for name, initial in zip(names, optimizer.algorithm.initial, strict=False):
-                entry[name] = own_copy(p, saved[name]) if name in saved else new_slot(p, initial)
-            absent.update(name for name in names if name not in saved)
-            optimizer.state[p] = entry
-    if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:
-        warnings.warn(
-            "the loaded state is lean: exp_avg_sq, which AdaBayes keeps for you and does not use, starts at zero. "
-            "The weights go on as they would have.",
-            stacklevel=3,
-        )
+            for hook in hooks:
+                hook.remove()
 
 
 class AdaBayes(_FusedOptimizer):

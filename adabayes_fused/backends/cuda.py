@@ -15,9 +15,7 @@ def unavailable(device: torch.device) -> str | None:
     if native.module is None:
         return native.missing
     if not hasattr(native.module, "run_cuda"):
-        return (
-            "the extension was built without CUDA; with nvcc on the PATH, run 'pip install --force-reinstall --no-deps .'"
-        )
+        return "the extension was built without CUDA; with nvcc on the PATH, run 'pip install --force-reinstall --no-deps .'"
     if torch.version.hip is not None:
         return "this torch is built for ROCm; use backend='triton'"
     if device.type != "cuda":
