@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int kMaxDims = 16;
-constexpr size_t kAhead = 8;  // parameters
+constexpr size_t kAhead = 4;  // parameters
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
@@ -104,14 +104,14 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
 
 void Batch::clear() {
   for (Launch& launch : launches_) launch.rows.clear();
-  position_ = 0, ++turn_;
+  position_ = 0;
   counts_.clear(), keys_.clear(), key_index_.clear(), held_.clear();
 }
 
-bool Batch::describe(py::handle object, dlpack::Tensor& out) const {
-  const PyTypeObject* type = Py_TYPE(object.ptr());
+bool Batch::describe(PyObject* object, dlpack::Tensor& out) const {
+  const PyTypeObject* type = Py_TYPE(object);
   if (type != tensor_type_ && type != parameter_type_) return false;
-  if (api_->tensor_from_object(object.ptr(), &out) == 0) return true;
+  if (api_->tensor_from_object(object, &out) == 0) return true;
   PyErr_Clear();  // sparse, meta and the like: Python's path says what is wrong with them
   return false;
 }
@@ -131,66 +131,51 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
 }
 
-// Describing a state tensor costs as much as all else, and it is nearly always the same as in the last step. On the CPU
-// an object that is the same is described in turns, one slot of each parameter a step: whoever moves state by assigning
-// `.data` moves all of it, and that is seen at once. The held storages keep what is not seen yet a valid address.
-bool Batch::state_is_known(Known& known, const dlpack::Tensor& p, DType dtype, PyObject* const* slots, PyObject* step) {
-  if (p.device_type != dlpack::kCPU || known.objects[kMaxSlots] != step) return false;
-  if (!std::equal(slots, slots + slots_.size(), known.objects)) return false;
-  const size_t k = turn_ % slots_.size();
-  dlpack::Tensor s;
-  return describe(slots[k], s) && address_of(s) == known.slot[k] && dtype_of(s) == dtype && same_place(p, s);
+void Batch::hold(Known& known, Held& held, const std::array<PyObject*, kMaxSlots + 2>& objects) const {
+  for (size_t k = 0; k < objects.size(); ++k) {
+    if (known.objects[k] == objects[k]) continue;
+    dlpack::Managed* tensor = nullptr;
+    if (objects[k] && api_->managed_from_object(objects[k], &tensor) != 0) PyErr_Clear();
+    held[k].reset(tensor);
+    known.objects[k] = tensor ? objects[k] : nullptr;
+  }
 }
 
-bool Batch::describe_state(Known& known, const dlpack::Tensor& p, DType dtype, PyObject* const* slots, PyObject* step) {
-  static PyObject* const storage = PyUnicode_InternFromString("untyped_storage");
-  known = Known{};
-  dlpack::Tensor s;
-  for (size_t k = 0; k < slots_.size(); ++k) {
-    if (!describe(slots[k], s) || dtype_of(s) != dtype || !same_place(p, s)) return false;
-    known.slot[k] = address_of(s);
-  }
-  if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
-  known.count = reinterpret_cast<float*>(address_of(s));
-  if (p.device_type != dlpack::kCPU) return true;
-  std::copy(slots, slots + slots_.size(), known.objects);
-  known.objects[kMaxSlots] = step;
-  for (PyObject* object : known.objects) {
-    if (!object) continue;
-    known.owners.push_back(py::reinterpret_borrow<py::object>(object));
-    known.owners.push_back(py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, storage)));
-    if (!known.owners.back()) throw py::error_already_set();
-  }
-  return true;
-}
-
-// Asks for what reading a parameter touched in the last step: a thousand small tensors are thousands of cold places.
-// The address of something long gone does no harm here.
+// A thousand small tensors are thousands of cold places. The address of something long gone does no harm here.
 void Batch::fetch(const Known& known) const {
-  for (const void* address : known.seen) {
-    __builtin_prefetch(address);
-    __builtin_prefetch(static_cast<const char*>(address) - 64);  // a tensor's shape lies in its second cache line
+  for (const void* object : known.objects) __builtin_prefetch(object);
+  for (const void* shape : known.shapes) {
+    __builtin_prefetch(static_cast<const char*>(shape) - 64);  // a tensor's shape lies in its second cache line
+    __builtin_prefetch(shape);
+    __builtin_prefetch(static_cast<const char*>(shape) + 64);
   }
-  __builtin_prefetch(known.count);
-  __builtin_prefetch(known.objects[turn_ % slots_.size()]);
+  for (const void* address : {known.grad, known.grad_shape, known.entry, known.keys}) __builtin_prefetch(address);
 }
 
-bool Batch::take(Known& known, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
+bool Batch::take(Known& known, Held& held, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
-  dlpack::Tensor p, g;
+  dlpack::Tensor p, g, s;
   if (!describe(param, p) || !describe(grad, g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
   if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad)) return false;
+  if (known.objects[0] != param && is_negated_view(param)) return false;
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
-  if (!state_is_known(known, p, state_dtype, slots, step) && !describe_state(known, p, state_dtype, slots, step)) return false;
-  Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *known.count + 1)};
-  std::copy(known.slot, known.slot + kMaxSlots, row.slot);
+  Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
+  std::array<PyObject*, kMaxSlots + 2> objects{param, step};
+  for (size_t k = 0; k < slots_.size(); ++k) {
+    if (!describe(slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
+    row.slot[k] = address_of(s), objects[k + 2] = slots[k], known.shapes[k + 2] = s.shape;
+  }
+  if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
+  float* count = reinterpret_cast<float*>(address_of(s));
+  row.coefficients = coefficients_for(group, *count + 1);
   launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
-  counts_.push_back({known.count, *known.count + 1});
+  counts_.push_back({count, *count + 1});
   held_.push_back(py::reinterpret_borrow<py::object>(grad));
-  known.seen[0] = param, known.seen[1] = p.shape, known.seen[2] = grad, known.seen[3] = g.shape;
+  known.shapes[0] = p.shape, known.shapes[1] = count, known.grad = grad, known.grad_shape = g.shape;
+  if (p.device_type == dlpack::kCPU) hold(known, held, objects);
   return true;
 }
 
@@ -199,15 +184,18 @@ bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle st
   if (slots.size() != slots_.size()) throw std::invalid_argument("one tensor per slot");
   for (size_t k = 0; k < slots.size(); ++k) found[k] = PyList_GET_ITEM(slots.ptr(), k);
   Known unknown;
-  return take(unknown, param.ptr(), grad.ptr(), found, step.ptr(), group);
+  Held held;
+  return take(unknown, held, param.ptr(), grad.ptr(), found, step.ptr(), group);
 }
 
 py::list Batch::read(py::list params, py::dict state, int group) {
   static PyObject* const step_name = PyUnicode_InternFromString("step");
   py::list left;
   known_.resize(std::max(known_.size(), position_ + PyList_GET_SIZE(params.ptr())));
+  held_objects_.resize(known_.size());
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    Held& held = held_objects_[position_];
     Known& known = known_[position_++];
     if (position_ + kAhead < known_.size()) fetch(known_[position_ + kAhead]);
     const auto grad = py::reinterpret_steal<py::object>(grad_of(param));
@@ -215,12 +203,12 @@ py::list Batch::read(py::list params, py::dict state, int group) {
     if (grad.is_none()) continue;
     PyObject* entry = entry_of(state.ptr(), param);
     bool complete = entry && PyDict_Check(entry);
-    known.seen[4] = entry, known.seen[5] = complete ? reinterpret_cast<PyDictObject*>(entry)->ma_keys : nullptr;
+    known.entry = entry, known.keys = complete ? reinterpret_cast<PyDictObject*>(entry)->ma_keys : nullptr;
     PyObject* found[kMaxSlots];
     PyObject* step = complete ? PyDict_GetItemWithError(entry, step_name) : nullptr;
     for (size_t k = 0; complete && k < slots_.size(); ++k)
       complete = (found[k] = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(slots_.ptr(), k)));
-    if (!complete || !step || !take(known, param, grad.ptr(), found, step, group)) left.append(i);
+    if (!complete || !step || !take(known, held, param, grad.ptr(), found, step, group)) left.append(i);
   }
   return left;
 }

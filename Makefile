@@ -1,0 +1,53 @@
+# Sets up its own environment in .venv on first use, and anew when the build changes. A torch that $(PYTHON) already has,
+# a GPU machine's say, is used as it is; else $(TORCH) is installed.
+#   make test PYTHON=python3.12    make demo ARGS="--epochs 10"    make test PIP_FLAGS=--no-build-isolation  (no network)
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
+demo_extras := demo
+test_extras := demo,bench,test
+bench_extras := bench
+lint_extras := dev
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint clean
+.PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
+
+help:  ## This list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp  ## Train on digits with five optimizers; a table, demo/digits.png, demo/digits.json
+	$(RUN) examples/digits.py $(ARGS)
+
+test: $(VENV)/test.stamp  ## Every test
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/bench.stamp  ## Times of a step
+	$(RUN) -m bench $(ARGS)
+
+lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
+	$(RUN) -m ruff check .
+	if grep -q '^\[tool.mypy' pyproject.toml; then $(RUN) -m mypy; fi
+
+clean:  ## Remove what was made here
+	rm -rf .venv build demo *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Without pip of its own, the environment uses $(PYTHON)'s: an old setuptools, which venv may bring, would hide $(PYTHON)'s.
+# If $(PYTHON) is an environment itself, its torch stays out of reach; then $(TORCH) is installed.
+$(VENV)/torch.stamp:
+	if $(PYTHON) -c 'import pip, torch' 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages --without-pip $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
+	$(RUN) -c 'import torch' 2>/dev/null || { $(RUN) -m pip --version 2>/dev/null || $(RUN) -m ensurepip; $(RUN) -m pip install $(PIP_FLAGS) "$(TORCH)"; }
+	touch $@
+
+# Editable: run from here, Python sees the folder adabayes_fused before any installed copy, so the compiled module belongs in it.
+$(VENV)/%.stamp: $(VENV)/torch.stamp $(BUILD)
+	$(RUN) -m pip install $(PIP_FLAGS) -e ".[$($*_extras)]"
+	touch $@
