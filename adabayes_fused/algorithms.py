@@ -105,6 +105,8 @@ def _number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"a tensor hyper-parameter must have one element, given shape {tuple(value.shape)}")
+        if value.is_complex():
+            raise TypeError(f"a hyper-parameter must be real, given {value!r}")
         return float(value) if value.device.type == "cpu" else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"a hyper-parameter must be a number or a one-element tensor, given {value!r}")

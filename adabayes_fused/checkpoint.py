@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES
+from .algorithms import ADABAYES, complete_group
 from .gather import new_slot, own_copy, step_tensor
 
 
@@ -25,7 +25,10 @@ class _Hidden:
 
 def hide_state(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Checks a state_dict against the optimizer; returns it with its tensors hidden."""
-    _check_groups(optimizer, state_dict["param_groups"])
+    groups = state_dict["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        return state_dict  # torch refuses it, in its own words
+    _check_groups(optimizer, groups)
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=False))
     state = {}
@@ -46,6 +49,7 @@ def _check_groups(optimizer, groups: list[dict[str, Any]]) -> None:
                 f"loaded state dict is not of {type(optimizer).__name__}: its group {g} lacks {', '.join(missing)} "
                 f"(it has {', '.join(sorted(group))})"
             )
+        complete_group(optimizer.algorithm, dict(group))
 
 
 def _check_entry(optimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:
@@ -56,7 +60,11 @@ def _check_entry(optimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:
             f"loaded state dict is not of {type(optimizer).__name__}: the state of parameter {i} lacks {', '.join(missing)} "
             f"(it has {', '.join(entry)})"
         )
+    if entry and torch.as_tensor(entry["step"]).numel() != 1:
+        raise ValueError(f"loaded state dict: step of parameter {i} must be one number, given {entry['step']!r}")
     for name in algorithm.slots:
+        if name in entry and not isinstance(entry[name], Tensor):
+            raise ValueError(f"loaded state dict: {name} of parameter {i} must be a tensor, given {entry[name]!r}")
         if name in entry and entry[name].shape != p.shape:
             raise ValueError(
                 f"loaded state dict is of another model: {name} of parameter {i} has shape {tuple(entry[name].shape)}, "
@@ -77,6 +85,7 @@ def restore_state(optimizer) -> None:
             entry = {"step": step_tensor(saved["step"], step_device).clone()}
             for name, initial in zip(names, optimizer.algorithm.initial, strict=False):
                 entry[name] = own_copy(p, saved[name]) if name in saved else new_slot(p, initial)
+            entry.update({name: value for name, value in saved.items() if name not in ("step", *optimizer.algorithm.slots)})
             absent.update(name for name in names if name not in saved)
             optimizer.state[p] = entry
     if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:

@@ -32,16 +32,18 @@ def collect(optimizer, grad_scale: Any, found_inf: Any, on_device: bool) -> Call
     Returns: the function that counts the step and updates.
     """
     created: list[Tensor] = []
+    batch = None if on_device else optimizer._reader()
     try:
-        return _collect(optimizer, grad_scale, found_inf, on_device, created)
+        return _collect(optimizer, batch, grad_scale, found_inf, on_device, created)
     except BaseException:
         for p in created:
             del optimizer.state[p]
+        if batch is not None:
+            batch.clear()
         raise
 
 
-def _collect(optimizer, grad_scale, found_inf, on_device, created) -> Callable[[], None]:
-    batch = None if on_device else optimizer._reader()
+def _collect(optimizer, batch, grad_scale, found_inf, on_device, created) -> Callable[[], None]:
     positions = _unread(optimizer) if batch is None else _read(optimizer, batch)
     prepared = _prepare(optimizer, positions, on_device, created) if positions else []
     by_tensor = [
@@ -52,15 +54,17 @@ def _collect(optimizer, grad_scale, found_inf, on_device, created) -> Callable[[
     runs = [backends.BACKENDS[backends.choose(optimizer.backend, launch.device)].prepare(launch) for launch in launches]
 
     def run() -> None:
-        if batch is not None:
-            batch.count_step()
-        _count(by_tensor, found_inf)
-        for launch in runs:
-            launch()
-        for p in prepared:
-            p.write_back()
-        if batch is not None:
-            batch.release()
+        try:
+            if batch is not None:
+                batch.count_step()
+            _count(by_tensor, found_inf)
+            for launch in runs:
+                launch()
+            for p in prepared:
+                p.write_back()
+        finally:
+            if batch is not None:
+                batch.release()
 
     return run
 
@@ -78,10 +82,10 @@ def _read(optimizer, batch) -> list[tuple[int, int]]:
 
 def _prepare(optimizer, positions, on_device: bool, created: list[Tensor]) -> list[Prepared]:
     found = [(g, optimizer.param_groups[g]["params"][i]) for g, i in positions]
-    for (g, i), (_, p) in zip(positions, found, strict=True):
-        check_parameter(p, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
-        backends.choose(optimizer.backend, p.device)
     names = optimizer.algorithm.stored(optimizer.lean)
+    for (g, i), (_, p) in zip(positions, found, strict=True):
+        check_parameter(p, optimizer.state.get(p, {}), names, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
+        backends.choose(optimizer.backend, p.device)
     prepared = []
     for g, p in found:
         step_device = p.device if on_device else torch.device("cpu")
@@ -147,7 +151,9 @@ def _launches_of_tensors(optimizer, prepared: list[Prepared], grad_scale, found_
 def _coefficients(optimizer, keys: Iterable[tuple[int, float]], grad_scale: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
     groups = [_scalars(group, float) for group in optimizer.param_groups]
-    return torch.tensor([optimizer.algorithm.coefficients(groups[g], step, grad_scale) for g, step in keys], dtype=torch.float64)
+    return torch.tensor(
+        [optimizer.algorithm.coefficients(groups[g], step, grad_scale) for g, step in keys], dtype=torch.float64, device="cpu"
+    )
 
 
 def _device_coefficients(optimizer, members: list[Prepared], device: torch.device, grad_scale: Any) -> Tensor:
@@ -166,17 +172,18 @@ def _device_coefficients(optimizer, members: list[Prepared], device: torch.devic
     return rows
 
 
-def _scalars(group: dict[str, Any], convert: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """The group with ``convert`` applied to every hyper-parameter that is a tensor."""
-    found = {name: convert(value) for name, value in group.items() if name in SCALARS and isinstance(value, Tensor)}
-    if any(isinstance(beta, Tensor) for beta in group["betas"]):
-        found["betas"] = tuple(convert(beta) if isinstance(beta, Tensor) else beta for beta in group["betas"])
-    return {**group, **found} if found else group
+def _scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """The group with ``convert`` applied to every hyper-parameter that is a number or a one-element tensor."""
+    found = {name: convert(group[name]) for name in SCALARS if group.get(name) is not None}
+    return {**group, **found, "betas": tuple(map(convert, group["betas"]))}
 
 
 def _on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
-    """A tensor moved there without waiting, its elements made one; anything else as it is."""
-    return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=True) if isinstance(value, Tensor) else value
+    """A one-element tensor there, as a 0-dim tensor of ``dtype``, waited for only where the CPU is to read it; None as it
+    is; another number as a float."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+    return None if value is None else float(value)
 
 
 def _count(prepared: list[Prepared], found_inf: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .algorithms import Algorithm
 
@@ -31,19 +32,30 @@ class Prepared(NamedTuple):
             self.param.detach().copy_(self.copy)
 
 
-def check_parameter(p: Tensor, where: str) -> None:
-    """Raises for a parameter or gradient no kernel can take; ``where`` names it. Changes nothing."""
+def check_parameter(p: Tensor, state: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Raises for a parameter, gradient or state no kernel can take; ``where`` names it. Changes nothing."""
     grad = p.grad
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{where} has a sparse gradient ({grad.layout}), and AdaBayes takes dense ones only. "
             "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
+    if is_traceable_wrapper_subclass(p) or is_traceable_wrapper_subclass(grad):
+        raise TypeError(f"{where} is a {type(p).__name__}, a tensor made of others, which is not supported; give its local part")
     real = p.dtype.to_real() if p.is_complex() else p.dtype
     if real not in DTYPES:
         raise TypeError(f"{where} is of {p.dtype} (allowed: {', '.join(map(str, DTYPES))}, and complex)")
+    if p.is_complex() != grad.is_complex() or not (grad.is_complex() or grad.is_floating_point()):
+        raise TypeError(f"{where} is of {p.dtype} and its gradient of {grad.dtype} (allowed: both floating, or both complex)")
     if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise RuntimeError(f"{where} is an expanded view, whose elements share memory; optimize the tensor it is a view of")
+    for name, t in {"its gradient": grad, **{name: state[name] for name in names if name in state}}.items():
+        if t.shape != p.shape:
+            raise RuntimeError(
+                f"{where} has {name} of shape {tuple(t.shape)}; a resized parameter needs a new gradient and state"
+            )
+    if state and (missing := [name for name in ("step", *names) if name not in state]):
+        raise RuntimeError(f"{where} lacks {', '.join(missing)} in its state; delete optimizer.state[p] to begin anew")
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -76,7 +88,7 @@ def _dense(p: Tensor) -> bool:
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
+    return a.shape == b.shape and all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
 
 
 def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:

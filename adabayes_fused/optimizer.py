@@ -48,6 +48,7 @@ class _FusedOptimizer(Optimizer):
             group["lr"] = group["lr"].detach().clone()  # each group's own: schedulers write it in place
         complete_group(self.algorithm, group)
         super().add_param_group(group)
+        self.param_groups[-1]["params"] = list(dict.fromkeys(self.param_groups[-1]["params"]))  # torch has warned of doubles
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -60,6 +61,7 @@ class _FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_kept_reader" not in self.__dict__:  # unpickled, not loaded into
             self._forget_run()
+        self._kept_reader = None  # it holds the state that was
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -88,9 +90,11 @@ class _FusedOptimizer(Optimizer):
             check_step(self.algorithm, group)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = self._counts_on_device(grad_scale, found_inf)
-        if not on_device:
+        if not isinstance(found_inf, Tensor) or not on_device:
             if found_inf:
                 return loss
+            found_inf = None
+        if not on_device:
             grad_scale, found_inf = 1.0 if grad_scale is None else float(grad_scale), None
         run = collect(self, 1.0 if grad_scale is None else grad_scale, found_inf, on_device)
         self._counted_on_device = on_device
@@ -149,8 +153,12 @@ class _FusedOptimizer(Optimizer):
             self.register_load_state_dict_pre_hook(checkpoint.hide_state),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
+        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -174,7 +182,8 @@ class AdaBayes(_FusedOptimizer):
 
     Args:
         params: parameters, or groups of them; float32, float64, float16, bfloat16 or complex, on any device.
-        lr: the paper's eta, Adam's learning rate. A float or a one-element tensor. At 0 weights stand still.
+        lr: the paper's eta, Adam's learning rate. A float, or a one-element tensor, of which
+            each group keeps a copy (write ``group["lr"]``). At 0 weights stand still.
         batch_size: the number of examples the mean loss of one step averages over: micro-batch x accumulation x processes.
             It sets the filter's memory, 1/kappa steps.
         sgd_lr: the learning rate of a weight whose gradients say nothing, SGD's. It follows the schedule of ``lr``.

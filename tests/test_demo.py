@@ -59,8 +59,9 @@ def test_figure3_points_are_in_the_papers_units(digits):
 
 
 def test_one_epoch_from_end_to_end(tmp_path):
-    subprocess.run([sys.executable, SCRIPT, "--epochs", "1", "--device", "cpu", "--output", tmp_path / "demo"],
-                   check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, SCRIPT, "--epochs", "1", "--device", "cpu", "--output", tmp_path / "demo"], check=True, cwd=tmp_path
+    )
     assert (tmp_path / "demo" / "digits.png").read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((tmp_path / "demo" / "digits.json").read_text())
     assert numbers["torch"] == torch.__version__

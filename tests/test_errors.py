@@ -198,3 +198,54 @@ def test_state_of_another_optimizer_or_model(name):
         assert all(torch.equal(after["state"][0][key], value) for key, value in before["state"][0].items())
     assert not optimizer._optimizer_load_state_dict_pre_hooks
     assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+def test_resized_parameter(backend):
+    """A state, or a gradient, of another shape is never swept over."""
+    p = parameter(20, 3)
+    optimizer = AdaBayes([parameter(4), p], batch_size=8, backend=backend)
+    optimizer.step()
+    p.grad = None
+    p.data = torch.zeros(4000, 3)
+    p.grad = torch.ones_like(p)
+    unchanged_by(optimizer, RuntimeError, r"parameter 1 of group 0, shape \(4000, 3\), has exp_avg of shape \(20, 3\)")
+    p = parameter(20, 3)
+    optimizer = AdaBayes([p], batch_size=8, backend=backend)
+    optimizer.step()
+    optimizer.state[p]["prior_var"] = torch.ones(2, 3)
+    unchanged_by(optimizer, RuntimeError, r"has prior_var of shape \(2, 3\)")
+    del optimizer.state[p]["prior_var"]
+    unchanged_by(optimizer, RuntimeError, "lacks prior_var in its state")
+
+
+def test_gradients_that_do_not_fit():
+    for dtype, grad_dtype in ((torch.complex64, torch.float32), (torch.float32, torch.complex64), (torch.float32, torch.int32)):
+        p = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        p.grad_dtype = None
+        p.grad = torch.ones(3, dtype=grad_dtype)
+        unchanged_by(AdaBayesFP([p]), TypeError, "allowed: both floating, or both complex")
+
+
+@pytest.mark.parametrize("wrong", ["lr", "step", "slot"])
+def test_a_bad_checkpoint_changes_nothing(wrong):
+    p = parameter(5)
+    optimizer = AdaBayesFP([p])
+    optimizer.step()
+    bad = copy.deepcopy(optimizer.state_dict())
+    if wrong == "lr":
+        bad["param_groups"][0]["lr"] = -1.0
+    else:
+        bad["state"][0]["step" if wrong == "step" else "exp_avg"] = torch.zeros(2) if wrong == "step" else "nothing"
+    state, group = copy.deepcopy(optimizer.state[p]), dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match="-1.0|must be"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.param_groups[0] == group
+    assert all(torch.equal(optimizer.state[p][key], value) for key, value in state.items())
+    optimizer.step()
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("ADABAYES_FUSED_ISA", "mmx")
+    optimizer = AdaBayesFP([parameter(3)], backend="cpp")
+    unchanged_by(optimizer, ValueError, "ADABAYES_FUSED_ISA=mmx .allowed here: .*baseline")

@@ -281,3 +281,63 @@ def test_found_inf_on_the_device_skips_without_being_read(name, target):
     optimizer.step()
     assert torch.equal(p, before)
     assert all(torch.equal(value, state[key]) for key, value in optimizer.state[p].items())
+
+
+def test_a_default_device_is_not_ours(target):
+    """Tables and coefficients stay on the CPU whatever torch's default device is."""
+    backend, device = target
+    p = parameter(50, device=device)
+    q = twin(p)
+    optimizer, other = make("AdaBayes", [p], backend=backend), make("AdaBayes", [q], backend=backend)
+    for _ in range(2):
+        optimizer.step()
+        with torch.device("meta"):
+            other.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", FUSED)
+def test_instruction_sets_give_the_same_bits(name, isa, monkeypatch):
+    native = pytest.importorskip("adabayes_fused._native")
+    if isa not in native.cpu_isas():
+        pytest.skip(f"this processor has no {isa}")
+    p = parameter(1001)
+    q = twin(p)
+    make(name, [p], backend="cpp").step()
+    monkeypatch.setenv("ADABAYES_FUSED_ISA", isa)
+    make(name, [q], backend="cpp").step()
+    assert torch.equal(p, q)
+
+
+def test_a_parameter_twice_in_a_group_steps_once():
+    p = parameter(7)
+    q = twin(p)
+    with pytest.warns(UserWarning, match="duplicate"):
+        doubled = make("AdaBayesFP", [p, p])
+    doubled.step()
+    make("AdaBayesFP", [q]).step()
+    assert torch.equal(p, q)
+
+
+def test_numpy_numbers_are_computed_with_in_float64():
+    np = pytest.importorskip("numpy")
+    p = parameter(30, dtype=torch.float64)
+    q = twin(p)
+    lr = np.float16(1e-3)
+    make("AdaBayes", [p], lr=lr).step()
+    make("AdaBayes", [q], lr=float(lr)).step()
+    assert torch.equal(p, q)
+
+
+def test_negated_view_as_a_parameter():
+    whole = torch.tensor([[1.0, 2.0]])
+    p = torch.nn.Parameter(torch.view_as_complex(whole).conj().imag)
+    q = torch.nn.Parameter(p.detach().clone().resolve_neg())
+    assert p.is_neg()
+    optimizers = AdaBayesFP([p]), AdaBayesFP([q])
+    for _ in range(3):
+        p.grad, q.grad = torch.ones(1), torch.ones(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert p.item() == q.item()

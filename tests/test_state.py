@@ -196,3 +196,28 @@ def test_state_moved_by_assigning_data_is_noticed(name, target):
         assert torch.equal(p, q)
         assert all(torch.equal(value, kept[key]) for key, value in left_behind.items())
         assert all(torch.equal(value, optimizer.state[p][key]) for key, value in other.state[q].items())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_whose_memory_is_replaced_is_noticed(name):
+    """share_memory_ swaps the memory under the same tensor and storage; so does sending it to another process."""
+    p = torch.nn.Parameter(torch.randn(50))
+    q = torch.nn.Parameter(p.detach().clone())
+    optimizer, other = make(name, [p], "auto"), make(name, [q], "auto")
+    for key in ("step", *optimizer.algorithm.slots):
+        train(optimizer, [p], 1, seed=1)
+        train(other, [q], 1, seed=1)
+        other.state[q][key].share_memory_()
+        train(optimizer, [p], 2, seed=1)
+        train(other, [q], 2, seed=1)
+        assert torch.equal(p, q), key
+        assert all(torch.equal(value, optimizer.state[p][k]) for k, value in other.state[q].items()), key
+
+
+def test_loading_keeps_what_others_put_into_the_state():
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = make("AdaBayesFP", [p], "auto")
+    train(optimizer, [p], 1, seed=1)
+    optimizer.state[p]["average"] = torch.ones(5)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(optimizer.state[p]["average"], torch.ones(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -19,10 +20,18 @@ def unavailable(device: torch.device) -> str | None:
     return native.missing or None
 
 
+@functools.lru_cache
+def chosen_isa(forced: str | None) -> str:
+    isas = native.module.cpu_isas()
+    if forced and forced not in isas:
+        raise ValueError(f"{ISA_VARIABLE}={forced} (allowed here: {', '.join(isas)})")
+    return forced or isas[0]
+
+
 def prepare(launch: Launch) -> Callable[[], None]:
     rows = None if launch.address else launch.rows()
     address = launch.address or rows.data_ptr()
-    isa = os.environ.get(ISA_VARIABLE) or native.module.cpu_isas()[0]
+    isa = chosen_isa(os.environ.get(ISA_VARIABLE))
 
     def run(rows=rows) -> None:  # holds on to the rows it reads
         if launch.found_inf is None or not launch.found_inf.item():

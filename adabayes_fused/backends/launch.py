@@ -41,7 +41,7 @@ class Launch:
     def rows(self) -> Tensor:
         """The table's rows: int64 on the CPU, shape (parameters, 8)."""
         if self.address:
-            rows = torch.empty(self.count, WORDS, dtype=torch.int64)
+            rows = torch.empty(self.count, WORDS, dtype=torch.int64, device="cpu")
             ctypes.memmove(rows.data_ptr(), self.address, rows.nbytes)
             return rows
         unused = [0] * (WORDS - 4 - self.slots)
@@ -51,4 +51,5 @@ class Launch:
                 for k, tensors in zip(self.which, self.tensors, strict=True)
             ],
             dtype=torch.int64,
+            device="cpu",
         )

@@ -13,9 +13,9 @@ _chunk_maps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (chunk, parame
 def chunk_map(numels: Tensor, chunk: int) -> Tensor:
     """One word a program: the row's index above the number of the chunk in its tensor. Empty tensors get none."""
     counts = (numels + (chunk - 1)) // chunk
-    rows = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    rows = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return (rows << 32) | (torch.arange(len(rows)) - first)
+    return (rows << 32) | (torch.arange(len(rows), device="cpu") - first)
 
 
 def _cached_chunk_map(numels: Tensor, chunk: int) -> Tensor:
@@ -32,7 +32,9 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     chunks = _cached_chunk_map(rows[:, 6], chunk)
     on_host = launch.coefficients.device.type == "cpu"
     head = launch.coefficients.view(torch.int64).reshape(-1) if on_host else rows.new_empty(0)
-    packed = torch.empty(len(head) + rows.numel() + len(chunks), dtype=torch.int64, pin_memory=launch.device.type == "cuda")
+    packed = torch.empty(
+        len(head) + rows.numel() + len(chunks), dtype=torch.int64, device="cpu", pin_memory=launch.device.type == "cuda"
+    )
     torch.cat((head, rows.reshape(-1), chunks), out=packed)
     table = packed.to(launch.device, non_blocking=True)
     if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
