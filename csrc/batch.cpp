@@ -7,7 +7,6 @@
 namespace {
 
 constexpr int kMaxDims = 16;
-constexpr size_t kAhead = 4;  // parameters
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
@@ -105,7 +104,7 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
 void Batch::clear() {
   for (Launch& launch : launches_) launch.rows.clear();
   position_ = 0;
-  counts_.clear(), keys_.clear(), key_index_.clear(), held_.clear();
+  counts_.clear(), keys_.clear(), key_index_.clear(), grads_.clear();
 }
 
 bool Batch::describe(PyObject* object, dlpack::Tensor& out) const {
@@ -131,28 +130,17 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
 }
 
-void Batch::hold(Known& known, Held& held, const std::array<PyObject*, kMaxSlots + 2>& objects) const {
+void Batch::hold(Held& held, const std::array<PyObject*, kMaxSlots + 2>& objects) const {
   for (size_t k = 0; k < objects.size(); ++k) {
-    if (known.objects[k] == objects[k]) continue;
+    if (held.objects[k] == objects[k]) continue;
     dlpack::Managed* tensor = nullptr;
     if (objects[k] && api_->managed_from_object(objects[k], &tensor) != 0) PyErr_Clear();
-    held[k].reset(tensor);
-    known.objects[k] = tensor ? objects[k] : nullptr;
+    held.tensors[k].reset(tensor);
+    held.objects[k] = tensor ? objects[k] : nullptr;
   }
 }
 
-// A thousand small tensors are thousands of cold places. The address of something long gone does no harm here.
-void Batch::fetch(const Known& known) const {
-  for (const void* object : known.objects) __builtin_prefetch(object);
-  for (const void* shape : known.shapes) {
-    __builtin_prefetch(static_cast<const char*>(shape) - 64);  // a tensor's shape lies in its second cache line
-    __builtin_prefetch(shape);
-    __builtin_prefetch(static_cast<const char*>(shape) + 64);
-  }
-  for (const void* address : {known.grad, known.grad_shape, known.entry, known.keys}) __builtin_prefetch(address);
-}
-
-bool Batch::take(Known& known, Held& held, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
+bool Batch::take(Held& held, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
   dlpack::Tensor p, g, s;
@@ -160,22 +148,21 @@ bool Batch::take(Known& known, Held& held, PyObject* param, PyObject* grad, PyOb
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
   if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad)) return false;
-  if (known.objects[0] != param && is_negated_view(param)) return false;
+  if (held.objects[0] != param && is_negated_view(param)) return false;
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
   Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
   std::array<PyObject*, kMaxSlots + 2> objects{param, step};
   for (size_t k = 0; k < slots_.size(); ++k) {
     if (!describe(slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
-    row.slot[k] = address_of(s), objects[k + 2] = slots[k], known.shapes[k + 2] = s.shape;
+    row.slot[k] = address_of(s), objects[k + 2] = slots[k];
   }
   if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
   float* count = reinterpret_cast<float*>(address_of(s));
   row.coefficients = coefficients_for(group, *count + 1);
   launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
   counts_.push_back({count, *count + 1});
-  held_.push_back(py::reinterpret_borrow<py::object>(grad));
-  known.shapes[0] = p.shape, known.shapes[1] = count, known.grad = grad, known.grad_shape = g.shape;
-  if (p.device_type == dlpack::kCPU) hold(known, held, objects);
+  grads_.push_back(py::reinterpret_borrow<py::object>(grad));
+  if (p.device_type == dlpack::kCPU) hold(held, objects);
   return true;
 }
 
@@ -183,32 +170,27 @@ bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle st
   PyObject* found[kMaxSlots];
   if (slots.size() != slots_.size()) throw std::invalid_argument("one tensor per slot");
   for (size_t k = 0; k < slots.size(); ++k) found[k] = PyList_GET_ITEM(slots.ptr(), k);
-  Known unknown;
   Held held;
-  return take(unknown, held, param.ptr(), grad.ptr(), found, step.ptr(), group);
+  return take(held, param.ptr(), grad.ptr(), found, step.ptr(), group);
 }
 
 py::list Batch::read(py::list params, py::dict state, int group) {
   static PyObject* const step_name = PyUnicode_InternFromString("step");
   py::list left;
-  known_.resize(std::max(known_.size(), position_ + PyList_GET_SIZE(params.ptr())));
-  held_objects_.resize(known_.size());
+  held_.resize(std::max(held_.size(), position_ + PyList_GET_SIZE(params.ptr())));
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-    Held& held = held_objects_[position_];
-    Known& known = known_[position_++];
-    if (position_ + kAhead < known_.size()) fetch(known_[position_ + kAhead]);
+    Held& held = held_[position_++];
     const auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     PyObject* entry = entry_of(state.ptr(), param);
     bool complete = entry && PyDict_Check(entry);
-    known.entry = entry, known.keys = complete ? reinterpret_cast<PyDictObject*>(entry)->ma_keys : nullptr;
     PyObject* found[kMaxSlots];
     PyObject* step = complete ? PyDict_GetItemWithError(entry, step_name) : nullptr;
     for (size_t k = 0; complete && k < slots_.size(); ++k)
       complete = (found[k] = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(slots_.ptr(), k)));
-    if (!complete || !step || !take(known, held, param, grad.ptr(), found, step, group)) left.append(i);
+    if (!complete || !step || !take(held, param, grad.ptr(), found, step, group)) left.append(i);
   }
   return left;
 }
@@ -231,4 +213,4 @@ void Batch::count_step() {
   for (const Count& c : counts_) *c.step = c.next;
 }
 
-void Batch::release() { held_.clear(); }
+void Batch::release() { grads_.clear(); }
