@@ -102,6 +102,8 @@ ALGORITHMS = (ADABAYES, ADABAYES_FP)
 
 def _number(value: Any) -> float | None:
     """``value`` as a float; None for a tensor on an accelerator, which cannot be read without waiting for it."""
+    if type(value) is float:  # nearly always, at each step
+        return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"a tensor hyper-parameter must have one element, given shape {tuple(value.shape)}")

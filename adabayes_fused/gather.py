@@ -65,7 +65,7 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 def new_slot(p: Tensor, value: float) -> Tensor:
     """A state tensor shaped like ``p``, ``value`` everywhere; laid out as p is where p has no gaps."""
-    slot = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format).detach()
+    slot = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False)
     as_real(slot).fill_(value)
     return slot
 

@@ -76,8 +76,10 @@ PyObject* grad_of(PyObject* param) {
   return getter->get(param, getter->closure);
 }
 
-// torch's lazy negation, which no description of the memory shows.
-bool is_negated_view(PyObject* tensor) {
+// torch's lazy negation, which no description of the memory shows. It comes as the imaginary part of a lazy conjugate, whose
+// elements lie two apart: dense only where there is one of them.
+bool is_negated_view(PyObject* tensor, const dlpack::Tensor& described) {
+  if (numel_of(described) != 1) return false;
   static PyObject* const is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "is_neg");
   PyObject* answer = PyObject_CallOneArg(is_neg, tensor);
   if (!answer) throw py::error_already_set();
@@ -147,8 +149,7 @@ bool Batch::take(Held& held, PyObject* param, PyObject* grad, PyObject* const* s
   if (!describe(param, p) || !describe(grad, g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad)) return false;
-  if (held.objects[0] != param && is_negated_view(param)) return false;
+  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad, g) || is_negated_view(param, p)) return false;
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
   Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
   std::array<PyObject*, kMaxSlots + 2> objects{param, step};

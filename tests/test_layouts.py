@@ -72,12 +72,13 @@ def test_layouts(name, layout, grad_layout, target, interpreted):
 @pytest.mark.parametrize("name", FUSED)
 def test_expanded_and_negated_gradients(name, target):
     backend, device = target
-    start = torch.randn(6, 5, device=device)
     for lazy in (
         torch.randn(1, 5, device=device).expand(6, 5),
         torch.randn((), device=device).expand(6, 5),
-        torch._neg_view(torch.randn(6, 5, device=device)),
+        torch.randn(6, 5, dtype=torch.complex64, device=device).conj().imag,
+        torch.randn(6, 5, dtype=torch.complex64, device=device)[:1, :1].conj().imag,
     ):
+        start = torch.randn(lazy.shape, device=device)
         expected, _ = two_steps(name, start, [lazy.clone().contiguous()] * 2, backend)
         p, _ = two_steps(name, start, [lazy] * 2, backend, grad_layout=lambda g: g)
         assert torch.equal(p, expected)
