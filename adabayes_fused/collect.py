@@ -81,13 +81,13 @@ def _read(optimizer, batch) -> list[tuple[int, int]]:
 
 
 def _prepare(optimizer, positions, on_device: bool, created: list[Tensor]) -> list[Prepared]:
-    found = [(g, optimizer.param_groups[g]["params"][i]) for g, i in positions]
+    found = [(g, i, optimizer.param_groups[g]["params"][i]) for g, i in positions]
     names = optimizer.algorithm.stored(optimizer.lean)
-    for (g, i), (_, p) in zip(positions, found, strict=True):
+    for g, i, p in found:
         check_parameter(p, optimizer.state.get(p, {}), names, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
         backends.choose(optimizer.backend, p.device)
     prepared = []
-    for g, p in found:
+    for g, _, p in found:
         step_device = p.device if on_device else torch.device("cpu")
         if not optimizer.state[p]:
             created.append(p)

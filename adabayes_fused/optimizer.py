@@ -90,13 +90,15 @@ class _FusedOptimizer(Optimizer):
             check_step(self.algorithm, group)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = self._counts_on_device(grad_scale, found_inf)
-        if not isinstance(found_inf, Tensor) or not on_device:
+        if not (on_device and isinstance(found_inf, Tensor)):  # the host may look at it
             if found_inf:
                 return loss
             found_inf = None
-        if not on_device:
-            grad_scale, found_inf = 1.0 if grad_scale is None else float(grad_scale), None
-        run = collect(self, 1.0 if grad_scale is None else grad_scale, found_inf, on_device)
+        if grad_scale is None:
+            grad_scale = 1.0
+        elif not on_device:
+            grad_scale = float(grad_scale)
+        run = collect(self, grad_scale, found_inf, on_device)
         self._counted_on_device = on_device
         run()
         return loss
