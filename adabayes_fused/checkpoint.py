@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .algorithms import ADABAYES, complete_group
-from .gather import new_slot, own_copy, step_tensor
+from .gather import new_slot, new_step, own_copy
+from .slabs import Slabs
 
 
 class _Hidden:
@@ -76,18 +77,20 @@ def restore_state(optimizer) -> None:
     """Puts the hidden tensors in place, in our dtype, on the parameter's device."""
     names = optimizer.algorithm.stored(optimizer.lean)
     absent: set[str] = set()
+    slabs = Slabs()
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state.get(p):
                 continue
             saved = {name: hidden.tensor for name, hidden in optimizer.state[p].items()}
             step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
-            entry = {"step": step_tensor(saved["step"], step_device).clone()}
+            entry = {"step": new_step(saved["step"], step_device, slabs)}
             for name, initial in zip(names, optimizer.algorithm.initial, strict=False):
-                entry[name] = own_copy(p, saved[name]) if name in saved else new_slot(p, initial)
+                entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
             entry.update({name: value for name, value in saved.items() if name not in ("step", *optimizer.algorithm.slots)})
             absent.update(name for name in names if name not in saved)
             optimizer.state[p] = entry
+    optimizer._slabs = slabs
     if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:
         warnings.warn(
             "the loaded state is lean: exp_avg_sq, which AdaBayes keeps for you and does not use, starts at zero. "

@@ -6,7 +6,9 @@ extension is missing, are prepared in Python as tensors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def collect(optimizer, grad_scale: Any, found_inf: Any, on_device: bool) -> Call
         return _collect(optimizer, batch, grad_scale, found_inf, on_device, created)
     except BaseException:
         for p in created:
-            del optimizer.state[p]
+            del vars(optimizer)["state"][p]
         if batch is not None:
             batch.clear()
         raise
@@ -76,23 +78,34 @@ def _unread(optimizer) -> list[tuple[int, int]]:
 
 def _read(optimizer, batch) -> list[tuple[int, int]]:
     """Fills ``batch``; returns (group, position) of the parameters it leaves to Python."""
-    batch.clear()
-    return [(g, i) for g, group in enumerate(optimizer.param_groups) for i in batch.read(group["params"], optimizer.state, g)]
+    batch.begin(optimizer._slabs.all, optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE)
+    optimizer._state_asked_for = False
+    state = vars(optimizer)["state"]
+    return [(g, i) for g, group in enumerate(optimizer.param_groups) for i in batch.read(group["params"], state, g)]
+
+
+def _references(owner) -> int:
+    return sys.getrefcount(vars(owner)["state"])
+
+
+_REFERENCES_OF_ONE = _references(SimpleNamespace(state={}))  # what is counted where nobody else holds the state
 
 
 def _prepare(optimizer, positions, on_device: bool, created: list[Tensor]) -> list[Prepared]:
     found = [(g, i, optimizer.param_groups[g]["params"][i]) for g, i in positions]
     names = optimizer.algorithm.stored(optimizer.lean)
+    state = vars(optimizer)["state"]
+    optimizer._slabs.forget_unused(entry[name] for entry in state.values() for name in ("step", *names) if name in entry)
     for g, i, p in found:
-        check_parameter(p, optimizer.state.get(p, {}), names, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
+        check_parameter(p, state.get(p, {}), names, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
         backends.choose(optimizer.backend, p.device)
     prepared = []
     for g, _, p in found:
         step_device = p.device if on_device else torch.device("cpu")
-        if not optimizer.state[p]:
+        if not state[p]:
             created.append(p)
-            optimizer.state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device)
-        prepared.append(prepare(p, optimizer.state[p], names, g, step_device))
+            state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device, optimizer._slabs)
+        prepared.append(prepare(p, state[p], names, g, step_device))
     return prepared
 
 

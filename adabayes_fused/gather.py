@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .algorithms import Algorithm
+from .slabs import Slabs
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
 
@@ -63,18 +64,24 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def new_slot(p: Tensor, value: float) -> Tensor:
+def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
     """A state tensor shaped like ``p``, ``value`` everywhere; laid out as p is where p has no gaps."""
-    slot = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False)
+    slot = slabs.empty(p.shape, p.stride(), state_dtype(p), p.device) if _dense(p) else None
+    if slot is None:
+        slot = torch.empty_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False)
     as_real(slot).fill_(value)
     return slot
 
 
-def new_state(algorithm: Algorithm, lean: bool, p: Tensor, step_device: torch.device) -> dict[str, Tensor]:
+def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
+    """A step count of its own: a 0-dim float32 tensor."""
+    return slabs.empty((), (), torch.float32, device).copy_(step_tensor(value, device))
+
+
+def new_state(algorithm: Algorithm, lean: bool, p: Tensor, step_device: torch.device, slabs: Slabs) -> dict[str, Tensor]:
     """State before the first step."""
-    names = algorithm.stored(lean)
-    step = torch.zeros((), dtype=torch.float32, device=step_device)
-    return {"step": step, **{name: new_slot(p, value) for name, value in zip(names, algorithm.initial, strict=False)}}
+    slots = zip(algorithm.stored(lean), algorithm.initial, strict=False)
+    return {"step": new_step(0, step_device, slabs), **{name: new_slot(p, value, slabs) for name, value in slots}}
 
 
 def as_real(t: Tensor) -> Tensor:
@@ -98,17 +105,17 @@ def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(template, dtype=dtype).copy_(t)
 
 
-def own_copy(p: Tensor, saved: Tensor) -> Tensor:
+def own_copy(p: Tensor, saved: Tensor, slabs: Slabs) -> Tensor:
     """A saved slot of ``p`` in our dtype, layout and device, sharing no memory with ``saved``."""
-    slot = laid_out_like(p.detach(), saved.detach(), state_dtype(p))
-    return slot.clone() if slot.data_ptr() == saved.data_ptr() else slot
+    return new_slot(p, 0.0, slabs).copy_(saved.detach())
 
 
 def step_tensor(step: Any, device: torch.device) -> Tensor:
     """A step count, however a checkpoint gives it, as a 0-dim float32 tensor on ``device``."""
     if isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.dim() == 0:
         return step
-    return torch.as_tensor(step).detach().to(device=device, dtype=torch.float32).reshape(())
+    known = step.detach() if isinstance(step, Tensor) else torch.as_tensor(step, device="cpu")
+    return known.to(device=device, dtype=torch.float32).reshape(())
 
 
 def prepare(p: Tensor, state: dict[str, Any], names: tuple[str, ...], group: int, step_device: torch.device) -> Prepared:

@@ -17,6 +17,7 @@ from . import backends, checkpoint
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
 from .backends import native
 from .collect import collect
+from .slabs import Slabs
 
 _RUN_POLICY = ("backend", "lean", "fused_unscale")  # outside the groups: a checkpoint must not change it
 
@@ -61,12 +62,23 @@ class _FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_kept_reader" not in self.__dict__:  # unpickled, not loaded into
             self._forget_run()
-        self._kept_reader = None  # it holds the state that was
+        self._kept_reader, self._state_asked_for = None, True
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             complete_group(self.algorithm, group)
+
+    @property
+    def state(self):
+        """Each parameter's state: ``step`` and the slots. Whoever asks may change it: the next step looks at all of it."""
+        self._state_asked_for = True
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, state) -> None:
+        self._state_asked_for = True
+        vars(self)["state"] = state
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -130,6 +142,8 @@ class _FusedOptimizer(Optimizer):
     def _forget_run(self) -> None:
         """What is found anew in each process."""
         self._kept_reader: tuple[Any, Any] | None = None
+        self._slabs = Slabs()
+        self._state_asked_for = True
         self._kept_alive: list[Tensor] = []
         self._counted_on_device = False
 

@@ -58,6 +58,13 @@ bool same_place(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return true;
 }
 
+// Whether `t` is still as the state that is kept for it was found to be.
+template <class Place>
+bool is_at(const Place& kept, const dlpack::Tensor& t, DType dtype) {
+  return kept.ndim == t.ndim && kept.device_type == t.device_type && kept.device_id == t.device_id && kept.dtype == dtype &&
+         std::equal(t.shape, t.shape + t.ndim, kept.shape) && std::equal(t.strides, t.strides + t.ndim, kept.strides);
+}
+
 bool is_gpu(const dlpack::Tensor& t) { return t.device_type == dlpack::kCUDA || t.device_type == dlpack::kROCM; }
 
 // Looks `tensor` up by its identity, which is what torch hashes it by, without the call into Python that hashing is.
@@ -104,6 +111,11 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
 }
 
 void Batch::clear() {
+  reset();
+  slabs_.clear();
+}
+
+void Batch::reset() {
   for (Launch& launch : launches_) launch.rows.clear();
   position_ = 0;
   counts_.clear(), keys_.clear(), key_index_.clear(), grads_.clear();
@@ -132,66 +144,103 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
 }
 
-void Batch::hold(Held& held, const std::array<PyObject*, kMaxSlots + 2>& objects) const {
-  for (size_t k = 0; k < objects.size(); ++k) {
-    if (held.objects[k] == objects[k]) continue;
-    dlpack::Managed* tensor = nullptr;
-    if (objects[k] && api_->managed_from_object(objects[k], &tensor) != 0) PyErr_Clear();
-    held.tensors[k].reset(tensor);
-    held.objects[k] = tensor ? objects[k] : nullptr;
+void Batch::begin(py::list slabs, bool look) {
+  reset();
+  const size_t n = PyList_GET_SIZE(slabs.ptr());
+  look_ = look || n != slabs_.size();
+  slabs_.resize(n);
+  for (size_t k = 0; k < n; ++k) {
+    dlpack::Tensor t;
+    if (!describe(PyList_GET_ITEM(slabs.ptr(), k), t)) throw std::invalid_argument("a slab must be a plain tensor");
+    const std::pair<int64_t, int64_t> range{address_of(t), address_of(t) + numel_of(t) * t.type_bits / 8};
+    look_ |= range != slabs_[k];
+    slabs_[k] = range;
   }
+  if (!look_) return;
+  sorted_slabs_ = slabs_;
+  std::sort(sorted_slabs_.begin(), sorted_slabs_.end());
 }
 
-bool Batch::take(Held& held, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group) {
+bool Batch::in_slab(int64_t address) const {
+  const auto after = std::upper_bound(sorted_slabs_.begin(), sorted_slabs_.end(), address, [](int64_t a, const auto& slab) { return a < slab.first; });
+  return after != sorted_slabs_.begin() && address < std::prev(after)->second;
+}
+
+bool Batch::find(PyObject* state, PyObject* param, State& out) const {
+  static PyObject* const step_name = PyUnicode_InternFromString("step");
+  out.entry = entry_of(state, param);
+  if (!out.entry || !PyDict_Check(out.entry) || !(out.step = PyDict_GetItemWithError(out.entry, step_name))) return false;
+  for (size_t k = 0; k < slots_.size(); ++k)
+    if (!(out.slots[k] = PyDict_GetItemWithError(out.entry, PyTuple_GET_ITEM(slots_.ptr(), k)))) return false;
+  return true;
+}
+
+// Notes where the state lies, and whether it is ours; false if it is not as a kernel takes it.
+bool Batch::look_at(Kept& kept, const dlpack::Tensor& p, DType dtype, const State& state) const {
+  const DType state_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
+  bool ours = state.entry && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  dlpack::Tensor s;
+  for (size_t k = 0; k < slots_.size(); ++k) {
+    if (!describe(state.slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
+    kept.slot[k] = address_of(s);
+    ours = ours && Py_REFCNT(state.slots[k]) == 1 && in_slab(kept.slot[k]);
+  }
+  if (!describe(state.step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
+  kept.step = reinterpret_cast<float*>(address_of(s));
+  kept.ours = ours && in_slab(address_of(s));
+  if (!kept.ours) return true;
+  kept.place.ndim = p.ndim, kept.place.device_type = p.device_type, kept.place.device_id = p.device_id, kept.place.dtype = dtype;
+  std::copy_n(p.shape, p.ndim, kept.place.shape), std::copy_n(p.strides, p.ndim, kept.place.strides);
+  return true;
+}
+
+template <class FindState>
+bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, FindState find_state) {
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
-  dlpack::Tensor p, g, s;
+  dlpack::Tensor p, g;
   if (!describe(param, p) || !describe(grad, g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !dense(p) || !same_place(p, g) || is_negated_view(grad, g) || is_negated_view(param, p)) return false;
-  const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
-  Row row{address_of(p), address_of(g), {}, numel_of(p), 0};
-  std::array<PyObject*, kMaxSlots + 2> objects{param, step};
-  for (size_t k = 0; k < slots_.size(); ++k) {
-    if (!describe(slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
-    row.slot[k] = address_of(s), objects[k + 2] = slots[k];
-  }
-  if (!describe(step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
-  float* count = reinterpret_cast<float*>(address_of(s));
-  row.coefficients = coefficients_for(group, *count + 1);
+  if (!param_dtype || !grad_dtype || !same_place(p, g) || is_negated_view(grad, g) || is_negated_view(param, p)) return false;
+  const bool known = kept.ours && !look_ && kept.param == param && is_at(kept.place, p, *param_dtype);
+  State state;
+  if (!known && (!dense(p) || !find_state(state) || !look_at(kept, p, *param_dtype, state))) return false;
+  Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1)};
+  std::copy_n(kept.slot, kMaxSlots, row.slot);
   launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
-  counts_.push_back({count, *count + 1});
+  counts_.push_back({kept.step, *kept.step + 1});
   grads_.push_back(py::reinterpret_borrow<py::object>(grad));
-  if (p.device_type == dlpack::kCPU) hold(held, objects);
+  if (kept.param == param) return true;
+  dlpack::Managed* held = nullptr;
+  if (p.device_type == dlpack::kCPU && api_->managed_from_object(param, &held) != 0) PyErr_Clear();
+  kept.held.reset(held);
+  kept.param = param;  // alive where `ours` is: it is a key of the state then
   return true;
 }
 
 bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle step, int group) {
-  PyObject* found[kMaxSlots];
   if (slots.size() != slots_.size()) throw std::invalid_argument("one tensor per slot");
-  for (size_t k = 0; k < slots.size(); ++k) found[k] = PyList_GET_ITEM(slots.ptr(), k);
-  Held held;
-  return take(held, param.ptr(), grad.ptr(), found, step.ptr(), group);
+  Kept kept;
+  return take(kept, param.ptr(), grad.ptr(), group, [&](State& state) {
+    state = {nullptr, step.ptr(), {}};
+    for (size_t k = 0; k < slots.size(); ++k) state.slots[k] = PyList_GET_ITEM(slots.ptr(), k);
+    return true;
+  });
 }
 
 py::list Batch::read(py::list params, py::dict state, int group) {
-  static PyObject* const step_name = PyUnicode_InternFromString("step");
   py::list left;
-  held_.resize(std::max(held_.size(), position_ + PyList_GET_SIZE(params.ptr())));
+  kept_.resize(std::max(kept_.size(), position_ + PyList_GET_SIZE(params.ptr())));
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-    Held& held = held_[position_++];
+    Kept& kept = kept_[position_++];
     const auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
-    PyObject* entry = entry_of(state.ptr(), param);
-    bool complete = entry && PyDict_Check(entry);
-    PyObject* found[kMaxSlots];
-    PyObject* step = complete ? PyDict_GetItemWithError(entry, step_name) : nullptr;
-    for (size_t k = 0; complete && k < slots_.size(); ++k)
-      complete = (found[k] = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(slots_.ptr(), k)));
-    if (!complete || !step || !take(held, param, grad.ptr(), found, step, group)) left.append(i);
+    if (take(kept, param, grad.ptr(), group, [&](State& out) { return find(state.ptr(), param, out); })) continue;
+    kept.ours = false;
+    left.append(i);
   }
   return left;
 }

@@ -1,7 +1,6 @@
 // What one optimizer step updates, read straight from Python's objects: p, p.grad and the optimizer's state.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <array>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -12,13 +11,20 @@
 
 namespace py = pybind11;
 
+constexpr int kKeptDims = 4;
+
 class Batch {
  public:
   // `slots`: names of the state tensors, in the rule's order; `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
   // when they are these very types; `device_types`: "cpu", "cuda", the devices whose backend reads a table.
   Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types);
 
+  // Forgets a step that failed, and what was known of the state.
   void clear();
+
+  // Begins a step. `slabs`: the optimizer's own memory for small state, one tensor each. State that lay there and that
+  // nobody else could reach when last looked at is looked at again only if `look`, or if a slab's memory has been replaced.
+  void begin(py::list slabs, bool look);
 
   // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
   // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
@@ -43,18 +49,36 @@ class Batch {
   struct Launch { int device_type, device_id; DType param, grad; std::vector<Row> rows; };
   struct Count { float* step; float next; };
 
-  // References from C++ to a parameter, its step count and its state. While there is one, torch describes a tensor in
-  // 18 ns instead of 48, as it need not pass ownership between Python and C++ and back. On the CPU only, where it costs
-  // no GPU its memory.
   struct Delete { void operator()(dlpack::Managed* tensor) const { tensor->deleter(tensor); } };
-  struct Held {
-    PyObject* objects[kMaxSlots + 2] = {};
-    std::unique_ptr<dlpack::Managed, Delete> tensors[kMaxSlots + 2];
+
+  // Device, dtype and layout of a parameter of few dimensions.
+  struct Place {
+    int ndim = -1;  // none
+    int device_type, device_id;
+    DType dtype;
+    int64_t shape[kKeptDims], strides[kKeptDims];
   };
 
+  // What is known of a parameter from step to step.
+  struct Kept {
+    PyObject* param = nullptr;
+    // A reference from C++. While there is one, torch describes a tensor in 18 ns instead of 48, as it need not pass
+    // ownership between Python and C++ and back. On the CPU only, where it costs no GPU its memory.
+    std::unique_ptr<dlpack::Managed, Delete> held;
+    bool ours = false;  // its state is in a slab, and only the optimizer has references to it: addresses stay as they are
+    Place place;        // the state's and the parameter's, where it is ours
+    float* step = nullptr;
+    int64_t slot[kMaxSlots] = {};
+  };
+  struct State { PyObject *entry, *step, *slots[kMaxSlots]; };
+
+  void reset();
   bool describe(PyObject* object, dlpack::Tensor& out) const;
-  void hold(Held& held, const std::array<PyObject*, kMaxSlots + 2>& objects) const;
-  bool take(Held& held, PyObject* param, PyObject* grad, PyObject* const* slots, PyObject* step, int group);
+  bool find(PyObject* state, PyObject* param, State& out) const;
+  bool look_at(Kept& kept, const dlpack::Tensor& param, DType dtype, const State& state) const;
+  bool in_slab(int64_t address) const;
+  template <class FindState>
+  bool take(Kept& kept, PyObject* param, PyObject* grad, int group, FindState find_state);
   Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype);
   int64_t coefficients_for(int group, float step);
 
@@ -66,7 +90,9 @@ class Batch {
   std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;
   std::unordered_map<uint64_t, int64_t> key_index_;
-  std::vector<Held> held_;  // by position in the optimizer's groups
+  std::vector<std::pair<int64_t, int64_t>> slabs_, sorted_slabs_;  // first address, and the one after the last
+  bool look_ = true;
+  std::vector<Kept> kept_;  // by position in the optimizer's groups
   size_t position_ = 0;
   std::vector<py::object> grads_;  // which another thread could free while the lock is released
 };

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Batch>(m, "Batch")
       .def(py::init<py::tuple, py::tuple, py::capsule, const std::vector<std::string>&>())
       .def("clear", &Batch::clear)
+      .def("begin", &Batch::begin)
       .def("read", &Batch::read)
       .def("add", &Batch::add)
       .def("coefficient_keys", &Batch::coefficient_keys)

@@ -214,6 +214,102 @@ def test_state_whose_memory_is_replaced_is_noticed(name):
         assert all(torch.equal(value, optimizer.state[p][k]) for k, value in other.state[q].items()), key
 
 
+def replaced(state, p):
+    state[p] = {key: value.clone() for key, value in state[p].items()}
+
+
+def moved(entry):
+    for value in entry.values():
+        value.data = value.data.clone()
+
+
+GRIPS = {  # what somebody may hold on to, and how the state can be changed by it without asking for optimizer.state again
+    "the state": (lambda state, p: state, replaced),
+    "a view of it": (lambda state, p: state.values(), lambda view, p: [moved(entry) for entry in view]),
+    "an iterator": (lambda state, p: iter(state.values()), lambda it, p: moved(next(it))),
+    "an entry": (lambda state, p: state[p], lambda entry, p: entry.update({key: v.clone() for key, v in entry.items()})),
+    "its averages": (lambda state, p: {"exp_avg": state[p]["exp_avg"]}, lambda entry, p: moved(entry)),
+    "its step": (lambda state, p: {"step": state[p]["step"]}, lambda entry, p: moved(entry)),
+    "their memory": (
+        lambda state, p: [v.data for v in state[p].values()],
+        lambda tensors, p: [t.share_memory_() for t in tensors],
+    ),
+    "a large one's memory": (
+        lambda state, p: [v.data for v in state[p].values() if v.numel() == 3000],
+        lambda tensors, p: [t.share_memory_() for t in tensors],
+    ),
+}
+
+
+@pytest.mark.parametrize("grip", GRIPS)
+@pytest.mark.parametrize("name", FUSED)
+def test_state_changed_through_a_reference_kept_from_before_is_noticed(name, grip, target):
+    backend, device = target
+    take, change = GRIPS[grip]
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((6, 5), (7,), (50, 60))]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, other = make(name, params, backend), make(name, others, backend)
+    for seed in (1, 2, 3):
+        for draw in (seed, seed + 1):
+            train(optimizer, params, 3, draw)
+            train(other, others, 3, draw)
+        kept = [take(other.state, p) for p in others]
+        train(optimizer, params, 3, seed)
+        train(other, others, 3, seed)
+        for grip, p in zip(kept, others, strict=True):
+            change(grip, p)
+        train(optimizer, params, 3, seed)
+        train(other, others, 3, seed)
+        del kept, grip
+        assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+        for p, q in zip(params, others, strict=True):
+            assert all(torch.equal(value, optimizer.state[p][key]) for key, value in other.state[q].items())
+
+
+def test_parameters_changed_between_steps_are_noticed(target):
+    """Another layout of weights and gradient, another order in the group: as for an optimizer that asks for its state."""
+    backend, device = target
+    starts = [torch.randn(6, 5, device=device) for _ in range(3)]
+    runs = []
+    for asks in (True, False):
+        params = [torch.nn.Parameter(start.clone()) for start in starts]
+        optimizer = make("AdaBayes", params, backend)
+        for step in range(8):
+            if step == 3:
+                params[1].data = params[1].data.t().contiguous().t()
+            if step == 6:
+                optimizer.param_groups[0]["params"].reverse()
+            for i, p in enumerate(params):
+                p.grad = torch.empty_like(p).copy_(starts[i] * (step - 4))
+            if asks:
+                assert optimizer.state is not None
+            optimizer.step()
+        runs.append((params, optimizer))
+    (params, optimizer), (others, other) = runs
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, other.state[q][key]) for key, value in optimizer.state[p].items())
+
+
+def test_state_made_anew_many_times_takes_no_more_memory():
+    params = [torch.nn.Parameter(torch.randn(100)) for _ in range(20)]
+    optimizer = make("AdaBayes", params, "auto")
+    for seed in range(60):
+        train(optimizer, params, 1, seed)
+        optimizer.state.clear()
+    assert sum(slab.nbytes for slab in optimizer._slabs.all) < 20 * sum(4 * p.nbytes for p in params)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_saved_small_state_is_small(name):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = make(name, [p], "auto")
+    train(optimizer, [p], 1, seed=1)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert len(file.getvalue()) < 20_000
+
+
 def test_loading_keeps_what_others_put_into_the_state():
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = make("AdaBayesFP", [p], "auto")

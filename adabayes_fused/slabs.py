@@ -1,0 +1,47 @@
+"""Memory for the state of small tensors: many of them in one storage, side by side in the order a step sweeps them.
+
+A thousand biases' state in allocations of their own would be thousands of places in memory. In slabs, a step finds it in
+a few, and one look at a slab tells whether the memory of all that lies in it has been replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+SLAB = 1 << 12  # bytes: a page. Whoever pickles or copies one tensor of a slab takes all of it along, so not more.
+ALIGNMENT = 64  # bytes: a cache line and the widest vector. Step counts lie closer.
+
+
+class Slabs:
+    """``all``: the slabs there are, flat tensors. They live as long as anything that lies in them."""
+
+    def __init__(self) -> None:
+        self.all: list[Tensor] = []
+        self._open: dict[tuple[torch.dtype, torch.device, int], tuple[Tensor, int]] = {}  # slab, elements taken
+        self._sweep_at = 64
+
+    def empty(self, shape, strides, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """A tensor in a slab; None if it is too large, or empty. The strides must leave no gaps."""
+        numel = math.prod(shape)
+        if not 0 < numel * dtype.itemsize <= SLAB:
+            return None
+        align = ALIGNMENT // dtype.itemsize if shape else 1
+        slab, taken = self._open.get((dtype, device, align), (None, 0))
+        if slab is None or taken + numel > len(slab):
+            slab, taken = torch.zeros(SLAB // dtype.itemsize, dtype=dtype, device=device), 0
+            self.all.append(slab)
+        self._open[dtype, device, align] = slab, taken + -(-numel // align) * align
+        return torch.empty(0, dtype=dtype, device=device).set_(slab.untyped_storage(), taken, shape, strides)
+
+    def forget_unused(self, tensors: Iterable[Tensor]) -> None:
+        """Lets go of the slabs in which none of ``tensors`` lies, once there are twice as many slabs as were in use."""
+        if len(self.all) < self._sweep_at:
+            return
+        used = {t.untyped_storage().data_ptr() for t in tensors}
+        self.all = [slab for slab in self.all if slab.data_ptr() in used]
+        self._open.clear()
+        self._sweep_at = max(64, 2 * len(self.all))
