@@ -42,8 +42,11 @@ void fetch(const Row& row) {
     __builtin_prefetch(reinterpret_cast<const void*>(address), 1);
 }
 
-constexpr int kAhead = 8;           // tensors
-constexpr int64_t kUnit = 32768;  // elements a thread takes at a time: a cost well above the hand-out's
+constexpr int kAhead = 8;  // tensors
+
+// Elements a thread takes at a time: long stretches keep the memory streaming, many of them keep all threads busy to the end.
+constexpr int64_t kLongest = 131072, kShortest = 16384;
+int64_t unit_for(int64_t total, int threads) { return std::clamp(total / (16 * threads), kShortest, kLongest); }
 
 }  // namespace
 
@@ -59,11 +62,11 @@ void run_cpu(const Bucket& bucket, int threads, const std::string& isa) {
   std::vector<int64_t> ends(bucket.n_rows);
   int64_t total = 0;
   for (int64_t r = 0; r < bucket.n_rows; ++r) ends[r] = total += bucket.rows[r].numel;
-  const int64_t units = (total + kUnit - 1) / kUnit;
+  const int64_t length = unit_for(total, threads), units = (total + length - 1) / length;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && units > 1)
   for (int64_t unit = 0; unit < units; ++unit) {
-    int64_t at = unit * kUnit;
-    const int64_t stop = std::min(at + kUnit, total);
+    int64_t at = unit * length;
+    const int64_t stop = std::min(at + length, total);
     int64_t r = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
     for (; at < stop; ++r) {
       const Row& row = bucket.rows[r];

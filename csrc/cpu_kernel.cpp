@@ -1,12 +1,17 @@
 // One range of one tensor on the CPU. Compiled once per instruction set (ISA is its name, see CMakeLists.txt):
 // the compiler vectorises the one scalar rule, so nothing here may have external linkage but `update`.
 #include <algorithm>
+#include <utility>
 #include "cpu.h"
 #include "dispatch.h"
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace {
 
-constexpr int kBlock = 512;  // widened values stay in the first-level cache
+constexpr int kBlock = 512;          // values of a block stay in the first-level cache
+constexpr int64_t kStreamed = 65536; // elements of a range from which on memory that is only written is not read first
 
 template <class T> constexpr DType dtype_of = std::is_same_v<T, float> ? DType::f32 : DType::f64;
 
@@ -31,6 +36,19 @@ void write(DType dtype, int64_t address, int64_t begin, int n, const T* block) {
   }
 }
 
+// Copies past the caches, which would otherwise read each line before it is overwritten.
+template <class T>
+void stream(const T* __restrict from, T* __restrict to, int64_t n) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  constexpr int64_t wide = sizeof(__m128i) / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0)
+    for (; i + wide <= n; i += wide)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  for (; i < n; ++i) to[i] = from[i];
+}
+
 template <class Rule, class T, bool full>
 void sweep(const typename Rule::template Coefficients<T>& coefficients, int64_t n, const T* __restrict grad, T* __restrict param,
            T* __restrict s0, T* __restrict s1, T* __restrict s2, T* __restrict s3) {
@@ -50,17 +68,24 @@ template <class Rule, class T, bool full>
 void update_range(const Bucket& bucket, const Row& row, int64_t begin, int64_t end) {
   const auto c = coefficients<Rule, T>(bucket.coefficients + row.coefficients * kCoefficients);
   const bool direct = bucket.param == dtype_of<T> && bucket.grad == dtype_of<T>;
-  const int64_t step = direct ? end - begin : kBlock;
-  T* slot[kMaxSlots];
-  for (int k = 0; k < kMaxSlots; ++k) slot[k] = reinterpret_cast<T*>(row.slot[k]);
-  alignas(64) T grad_block[kBlock], param_block[kBlock];
+  constexpr int last = Rule::slots - 1;  // of a full state: written, never read
+  const bool streamed = full && direct && end - begin >= kStreamed;
+  const int64_t step = direct && !streamed ? end - begin : kBlock;
+  alignas(64) T grad_block[kBlock], param_block[kBlock], last_block[kBlock];
   for (int64_t i = begin; i < end; i += step) {
     const int64_t n = std::min(step, end - i);
     const T* grad = read(bucket.grad, row.grad, i, int(n), grad_block);
     T* param = read(bucket.param, row.param, i, int(n), param_block);
-    sweep<Rule, T, full>(c, n, grad, param, slot[0] + i, slot[1] + i, slot[2] + i, slot[3] + i);
+    T* slot[kMaxSlots];
+    for (int k = 0; k < kMaxSlots; ++k) slot[k] = reinterpret_cast<T*>(row.slot[k]) + i;
+    T* const kept = std::exchange(slot[last], streamed ? last_block : slot[last]);
+    sweep<Rule, T, full>(c, n, grad, param, slot[0], slot[1], slot[2], slot[3]);
+    if (streamed) stream(last_block, kept, n);
     write(bucket.param, row.param, i, int(n), param);
   }
+#ifdef __SSE2__
+  if (streamed) _mm_sfence();
+#endif
 }
 
 }  // namespace

@@ -289,6 +289,20 @@ void cpu() {
   });
 }
 
+// Long enough for ranges whose last slot is written past the caches, at addresses where that can be and where it cannot.
+void long_ranges() {
+  for (int algorithm : {0, 1})
+    for (DType dtype : {DType::f32, DType::f64})
+      for (const auto shift : {+[](size_t, int) { return 0; }, +[](size_t, int s) { return s % 3; }}) {
+        const Job job = make_job(algorithm, dtype, dtype, {1200003}, shift), expected = updated(job);
+        for (const std::string& isa : cpu_isas()) {
+          Job got = job;
+          run_cpu(bucket_of(got, true, rows_of(got, true)), 1, isa);
+          check_equal(got, expected, true, isa);
+        }
+      }
+}
+
 // Every thread of every block, last to first: none may depend on another.
 void run_chunks(const Job& job, bool full, const std::vector<Row>& rows, const std::vector<int64_t>& chunks) {
   const auto run = [&](auto rule, auto param, auto grad, auto is_full) {
@@ -353,7 +367,7 @@ void large() {
 }
 
 struct Case { const char* name; void (*run)(); };
-constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"chunks", chunks}, {"large", large}};
+constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"large", large}};
 
 }  // namespace
 
