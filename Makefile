@@ -27,7 +27,7 @@ demo: $(VENV)/demo.stamp  ## Train on digits with five optimizers; a table, demo
 test: $(VENV)/test.stamp  ## Every test
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(VENV)/bench.stamp  ## Times of a step
+bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results
 	$(RUN) -m bench $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it

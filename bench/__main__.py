@@ -1,111 +1,131 @@
-"""``python -m bench``: whole ``optimizer.step()`` calls on the wall clock, as ratios of medians.
+"""``python -m bench``: optimizer steps, their memory, their kernels, and how they scale, against peers and against the floor.
 
-Each case runs in a process of its own, and a fused optimizer is timed only after its weights have equalled the slow
-path's. Contenders alternate within a run (A B C A B C ...), so that what else the machine does falls on all of them.
+Every fused contender first has to give the slow path's weights; one that does not is not timed and makes the exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
+import datetime
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-import adabayes_fused
+from . import floor, kernels, machine, memory, report, scaling, shapes, step, timing
+from .contenders import contenders
 
-from .cases import CONTENDERS, JUDGES, QUICK, SHAPES, parameters
-
-
-def check(shapes, device):
-    """Raises AssertionError, naming the element, where three fused steps and three slow ones disagree."""
-    for name, judge in JUDGES.items():
-        fused, slow = parameters(shapes, device), parameters(shapes, device)
-        for optimizer in (CONTENDERS[name](fused), CONTENDERS[judge](slow)):
-            for _ in range(3):
-                optimizer.step()
-        for i, (p, q) in enumerate(zip(fused, slow, strict=True)):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=lambda m, i=i, name=name: f"{name}, tensor {i}: {m}")
+PARTS = ("step", "memory", "kernels", "scaling")
 
 
-def measure(shapes, contenders, device, rounds):
-    """Seconds of each ``step()``, per contender."""
-    check([shape if shape[0] < 1 << 16 else (1 << 16,) for shape in shapes[:50]], device)
-    optimizers = {name: CONTENDERS[name](parameters(shapes, device)) for name in contenders}
-    times = {name: [] for name in contenders}
-    for round_ in range(rounds + 3):
-        for name, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 3:  # the first create state and warm up
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def in_a_process(case, args):
-    """``measure`` for one case, apart from the others: large temporaries of one case slow the next one's steps down."""
-    command = [sys.executable, "-m", "bench", "--case", case, "--device", args.device, "--rounds", str(args.rounds)]
-    done = subprocess.run([*command, "--contenders", *args.contenders], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"bench: {case}: not timed, see above")
-    return json.loads(done.stdout)
-
-
-def show(console, case, times):
-    table = Table("optimizer", "median ms", "p20", "p80", *(f"/ {name}" for name in list(times)[:1]), title=case)
-    first = statistics.median(next(iter(times.values())))
-    for name, seconds in times.items():
-        p20, _, _, p80 = statistics.quantiles(seconds, n=5)
-        median = statistics.median(seconds)
-        table.add_row(name, f"{median * 1e3:.3f}", f"{p20 * 1e3:.3f}", f"{p80 * 1e3:.3f}", f"{median / first:.3f}")
-    console.print(table)
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small cases, under a minute")
-    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of each case")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition(": ")[2].partition("\n")[0])
     parser.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=CONTENDERS,
-        default=list(CONTENDERS),
-        metavar="NAME",
-        help=f"first is what the others are compared with; of {', '.join(CONTENDERS)}",
+        "parts", nargs="*", metavar="PART", help=f"what is measured, of {', '.join(PARTS)}; all, if none is given"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
-    parser.add_argument("--case", choices=SHAPES | QUICK, help="measure one case in this process; prints JSON")
-    args = parser.parse_args()
-    if args.case:
-        print(json.dumps(measure((SHAPES | QUICK)[args.case], args.contenders, args.device, args.rounds)))
-        return
-    console, cases = Console(), QUICK if args.quick else SHAPES
-    with Progress(console=console) as bar:
-        results = {case: in_a_process(case, args) for case in bar.track(cases, description="measuring")}
-    for case, times in results.items():
-        show(console, case, times)
-    about = dict(
-        adabayes_fused=adabayes_fused.__version__,
-        torch=torch.__version__,
-        python=platform.python_version(),
-        machine=platform.machine(),
-        cores=torch.get_num_threads(),
-        device=args.device,
+    parser.add_argument("--quick", action="store_true", help="small cases, two minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="folder; default: bench/results/DATE-DEVICE")
+    parser.add_argument("--overwrite", action="store_true", help="even if the folder holds results")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="CASE", help=f"{', '.join(shapes.NETWORKS)}, or 24x1M and the like; :bfloat16 may follow"
     )
-    args.output.write_text(json.dumps(dict(about=about, seconds=results), indent=1))
-    console.print(f"written: {args.output}")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these alone, beside torch's fused AdamW")
+    parser.add_argument("--rounds", type=int, default=100, help="at most so many turns of each contender")
+    parser.add_argument("--budget", type=float, help="seconds of turns per case, once each has had three")
+    parser.add_argument("--compile-at-most", type=int, metavar="TENSORS", help="longer lists are not given to torch.compile")
+    options = parser.parse_args(argv)
+    check_names(parser, options)
+    now = datetime.datetime.now()
+    options.output = options.output or Path(__file__).parent / "results" / f"{now:%Y-%m-%d-%H%M%S}-{options.device}"
+    if (options.output / "results.json").exists() and not options.overwrite:
+        parser.error(f"{options.output} holds results; name another --output, or say --overwrite")
+    options.budget = options.budget if options.budget is not None else 3 if options.quick else 30
+    options.compile_at_most = options.compile_at_most or (1 if options.quick else 24)
+    return options
+
+
+def check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    known = contenders(options.device)
+    for given, allowed in ((options.parts, PARTS), (options.contenders or (), known)):
+        for name in given:
+            if name not in allowed:
+                parser.error(f"there is no {name!r} (allowed: {', '.join(allowed)})")
+    try:
+        for name in options.cases or ():
+            shapes.case_of(name)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def jobs(options: argparse.Namespace) -> Iterator[tuple]:
+    """(what, case, function, its arguments) of everything asked for."""
+    parts = options.parts or PARTS
+    if "step" in parts:
+        for case in options.cases or (shapes.QUICK if options.quick else shapes.default_cases(options.device)):
+            yield "step", case, step.measure, ("step", case, options)
+    if "memory" in parts:
+        for case in options.cases or (["8x100K"] if options.quick else ["resnet34"]):
+            yield "memory", case, memory.measure, (case, options)
+    if "kernels" in parts:
+        for target in ["sm_90"] if options.quick else kernels.TARGETS:
+            for compiler in ("cuda", "triton") if target.startswith("sm") else ("triton",):
+                yield "kernels", f"{compiler} {target}", kernels.measure, (compiler, target, options)
+    if "scaling" in parts:
+        small = argparse.Namespace(**vars(options) | dict(contenders=scaling.CONTENDERS, budget=options.budget / 3))
+        for case in options.cases or scaling.points(options.quick):
+            yield "scaling", case, step.measure, ("scaling", case, small)
+
+
+def run(options: argparse.Namespace, console: Console) -> list[dict]:
+    """The rows of every job, shown as they come; a job that dies is a row that says so."""
+    rows: list[dict] = []
+    todo, log = list(jobs(options)), options.output / "log.txt"
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[doing]}"))
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(todo), doing="")
+        for done, (what, case, job, arguments) in enumerate(todo):
+            progress.update(bar, completed=done, description=f"{what} {case}", doing="")
+
+            def tell(part: float, doing: str, done=done) -> None:
+                progress.update(bar, completed=done + part, doing=doing)
+
+            try:
+                found = timing.in_a_process(job, arguments, tell, log)
+            except RuntimeError as error:
+                found = [
+                    dict(what=what, case=case, title=case, contender=case, note=str(error), wrong=True, family="", detail=True)
+                ]
+                found[0] |= dict(compiler=case, target="")
+            report.show(found, console)
+            rows += found
+        progress.update(bar, completed=len(todo), description="done", doing="")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    options.output.mkdir(parents=True, exist_ok=True)
+    about = machine.about(options.device)
+    with TemporaryDirectory() as folder:
+        options.floor = floor.build(Path(folder)) if options.device == "cpu" else (None, "")
+        rows = run(options, console)
+    from . import pictures  # here, as each job's process imports this file
+
+    written = report.write(options.output, about, rows) + pictures.draw(options.output, machine.caption(about), rows)
+    console.print("Written:", *written, sep="\n  ", soft_wrap=True)
+    wrong = [row for row in rows if row["wrong"]]
+    for row in wrong:
+        console.print(f"[bold red]{row['what']} {row.get('case', '')}: {row['contender']}: {row['note']}", soft_wrap=True)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Who is timed: ours in every backend, the slow path, torch's AdamW, and the peers that are installed.
+
+A contender that cannot run here raises, saying why, when it is made; that becomes its row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from adabayes_fused import AdaBayes, AdaBayesFP, backends, reference
+
+ANCHOR = "torch AdamW fused"  # what the others are compared with
+WEIGHT_DECAY = 0.05
+ADAM = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=WEIGHT_DECAY)
+
+
+class Contender(NamedTuple):
+    """``make(params)`` gives the optimizer; ``judge`` names the contender whose weights it must give, None if no other has
+    its rounding; ``compiles`` says that torch.compile is at work, which takes long for many tensors."""
+
+    name: str
+    family: str
+    make: Callable[[list], Any]
+    judge: str | None = None
+    compiles: bool = False
+    backend: str = ""
+    detail: bool = False  # tables only, not pictures
+
+
+def contenders(device: str) -> dict[str, Contender]:
+    """All of them, by name; the first in each family is the one to look at."""
+    return {c.name: c for c in (*ours(device), *torch_adamw(), *slow_paths(), *peers())}
+
+
+def ours(device: str) -> list[Contender]:
+    auto = backends.choose("auto", torch.device(device))
+    expected = backends.PREFERRED.get(device, ("foreach",))
+    return [
+        _ours(b, lean, fp, b != auto) for b in (auto, *(b for b in expected if b != auto)) for fp in (0, 1) for lean in (0, 1)
+    ]
+
+
+def _ours(backend: str, lean: int, fp: int, detail: bool) -> Contender:
+    options = dict(lr=1e-3, weight_decay=WEIGHT_DECAY, lean=bool(lean), backend=backend)
+    make = (lambda p: AdaBayesFP(p, **options)) if fp else (lambda p: AdaBayes(p, batch_size=128, **options))
+    name = ("AdaBayes-FP" if fp else "AdaBayes") + (" lean" if lean else "")
+    judge = "slow path AdaBayes-FP" if fp else "slow path AdaBayes"
+    return Contender(f"{name}, {backend}" if detail else name, "ours", make, judge, backend=backend, detail=detail)
+
+
+def slow_paths() -> list[Contender]:
+    found = []
+    for name, make in (
+        ("slow path AdaBayes", lambda p: reference.AdaBayes(p, batch_size=128, weight_decay=WEIGHT_DECAY)),
+        ("slow path AdaBayes-FP", lambda p: reference.AdaBayesFP(p, weight_decay=WEIGHT_DECAY)),
+    ):
+        found += [Contender(name, "slow path", make), Contender(f"{name}, compiled", "slow path", compiled(make), name, True)]
+    return found
+
+
+def torch_adamw() -> list[Contender]:
+    judge = "torch AdamW for-loop"
+    return [
+        Contender(ANCHOR, "torch", lambda p: torch.optim.AdamW(p, **ADAM, fused=True), judge),
+        Contender("torch AdamW foreach", "torch", lambda p: torch.optim.AdamW(p, **ADAM, foreach=True), judge),
+        Contender(judge, "torch", lambda p: torch.optim.AdamW(p, **ADAM, foreach=False)),
+        Contender("torch AdamW compiled", "torch", compiled(lambda p: torch.optim.AdamW(p, **ADAM)), judge, True),
+    ]
+
+
+def compiled(make: Callable[[list], Any]) -> Callable[[list], Any]:
+    def make_compiled(params):
+        optimizer = make(params)
+        optimizer.step = torch.compile(optimizer.step)
+        return optimizer
+
+    return make_compiled
+
+
+# --- Peers: name of the package on the index, and how it is called ----------------------------------------------------
+
+
+def peers() -> list[Contender]:
+    judge = "torch AdamW for-loop"
+    return [
+        _peer("torch-optimi", "AdamW", lambda p, optimi: optimi.AdamW(p, **ADAM), "optimi", judge),
+        _peer("flashoptim", "AdamW", lambda p, flash: flash.FlashAdamW(p, **ADAM), "flashoptim"),
+        _peer("torchao", "AdamW8bit", lambda p, optim: optim.AdamW8bit(p, **ADAM), "torchao.optim", compiles=True),
+        _peer("bitsandbytes", "AdamW8bit", lambda p, bnb: bnb.optim.AdamW8bit(p, **ADAM), "bitsandbytes"),
+        _peer("apex", "FusedAdam", lambda p, optimizers: optimizers.FusedAdam(p, **ADAM), "apex.optimizers", judge),
+        _peer("ivon-opt", "IVON", lambda p, ivon: _ivon(ivon.IVON(p, lr=1e-3, ess=50_000)), "ivon"),
+    ]
+
+
+def _peer(package: str, title: str, make, module: str, judge: str | None = None, compiles: bool = False) -> Contender:
+    where = "github.com/NVIDIA/apex; the index's package apex is another" if package == "apex" else f"pip install {package}"
+
+    def make_peer(params):
+        try:
+            imported = importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"not installed: {where}" if error.name == module.partition(".")[0] else str(error)) from error
+        return make(params, imported)
+
+    return Contender(f"{package} {title}", "peer", make_peer, judge, compiles)
+
+
+def _ivon(optimizer):
+    """Its step needs the sample of the weights that gradients were taken at; drawing it belongs to the method's price."""
+    update = optimizer.step
+
+    def step():
+        with optimizer.sampled_params(train=True):
+            pass
+        update()
+
+    optimizer.step = step
+    return optimizer

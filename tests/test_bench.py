@@ -1,0 +1,192 @@
+"""The benchmark: what it steps over, what it counts, that it refuses a wrong kernel, and a small run from end to end."""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adabayes_fused
+
+for needed in ("matplotlib", "psutil", "rich"):
+    pytest.importorskip(needed)
+
+from bench import __main__ as main  # noqa: E402
+from bench import case, contenders, floor, kernels, memory, shapes, step, timing  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(floor.shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+def options(*names, **others):
+    defaults = dict(
+        device="cpu", contenders=list(names), rounds=3, budget=0, compile_at_most=0, floor=(None, "no floor in this test")
+    )
+    return argparse.Namespace(**defaults | others)
+
+
+def rows_of(*names, cases="3x100", **others):
+    rows = step.measure("step", cases, options(*names, **others), lambda *_: None)
+    return {row["contender"]: row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [("resnet34", 110, 21_282_122), ("densenet121", 362, 6_956_298), ("gpt2", 148, 124_439_808), ("llama1b", 146, 1_235_814_400),
+     ("24x1M", 24, 24_000_000), ("1000x16", 1000, 16_000), ("1x256M:bfloat16", 1, 256_000_000)],
+)  # fmt: skip
+def test_shapes_are_the_networks(name, tensors, parameters):
+    _, found, dtype = shapes.case_of(name)
+    assert (len(found), shapes.count(found)) == (tensors, parameters)
+    assert dtype == (torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["resnet35", "24x", "0x16", "1x16:int32", "1x16:float33"])
+def test_an_unknown_case_is_refused(name):
+    with pytest.raises(ValueError, match=r"no case .* \(allowed: resnet34"):
+        shapes.case_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "moved", "kept"),
+    [(contenders.ANCHOR, 28, 8), ("torch AdamW for-loop", 28, 8), ("AdaBayes", 40, 16), ("AdaBayes lean", 28, 8),
+     ("AdaBayes-FP", 32, 12), ("AdaBayes-FP lean", 28, 8), ("slow path AdaBayes", 40, 16)],
+)  # fmt: skip
+def test_bytes_of_a_parameter(name, moved, kept):
+    """Weights and state are read and written, gradients read, post_var written: 4 bytes each time."""
+    params = shapes.random_parameters([(100,), (7, 3)], "cpu")
+    optimizer = contenders.contenders("cpu")[name].make(params)
+    optimizer.step()
+    assert memory.traffic(optimizer, params).moved == moved * 121
+    assert memory.state_bytes(optimizer) == kept * 121
+
+
+def test_peak_is_that_of_what_lives_at_once():
+    def three_tensors():
+        first, second = torch.empty(1000), torch.empty(500)
+        del first
+        return second + torch.ones(500)  # 3 x 500 floats by now
+
+    assert memory.peak_extra(three_tensors, "cpu") == pytest.approx(4 * 1500, abs=16)
+
+
+class Wrong(adabayes_fused.AdaBayes):
+    """One element of the second tensor goes the wrong way."""
+
+    def step(self, closure=None):
+        p = self.param_groups[0]["params"][1]
+        before = p.detach()[42].item()
+        super().step(closure)
+        with torch.no_grad():
+            p[42] = 2 * before - p[42]
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    known = contenders.contenders("cpu")
+    broken = known["AdaBayes"]._replace(make=lambda params: Wrong(params, batch_size=128))
+    monkeypatch.setattr(case, "contenders", lambda device: known | {"AdaBayes": broken})
+
+
+def test_a_wrong_kernel_is_not_timed(wrong):
+    rows = rows_of("AdaBayes", "AdaBayes lean")
+    assert rows["AdaBayes"]["wrong"]
+    assert "median_s" not in rows["AdaBayes"]
+    for part in ("WRONG, not timed: AdaBayes against slow path AdaBayes, tensor 1", "(42,)", "Mismatched elements: 1 / 100"):
+        assert part in rows["AdaBayes"]["note"]
+    assert rows["AdaBayes lean"]["median_s"] > 0
+
+
+def test_a_wrong_kernel_makes_the_exit_status_1(wrong, monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "in_a_process", lambda job, arguments, tell, log: job(*arguments, tell))
+    arguments = ["step", "--cases", "2x100", "--rounds", "3", "--budget", "0", "--device", "cpu", "--contenders"]
+    assert main.main([*arguments, "AdaBayes", "--output", str(tmp_path / "wrong")]) == 1
+    assert main.main([*arguments, "AdaBayes lean", "--output", str(tmp_path / "right")]) == 0
+
+
+def test_one_that_stands_still_is_not_timed(monkeypatch):
+    known = contenders.contenders("cpu")
+    still = known["ivon-opt IVON"]._replace(make=lambda params: torch.optim.SGD(params, lr=0.0))
+    monkeypatch.setattr(case, "contenders", lambda device: known | {still.name: still})
+    assert "tensor 0 stood still" in rows_of(still.name)[still.name]["note"]
+
+
+def test_a_peer_that_is_not_installed_has_a_row(monkeypatch):
+    for module in ("optimi", "ivon"):
+        monkeypatch.setitem(sys.modules, module, None)
+    rows = rows_of("torch-optimi AdamW", "ivon-opt IVON", "torch AdamW compiled")
+    assert rows["torch-optimi AdamW"]["note"] == "not installed: pip install torch-optimi"
+    assert rows["ivon-opt IVON"]["note"] == "not installed: pip install ivon-opt"
+    assert rows["torch AdamW compiled"]["note"] == "not compiled: 3 tensors"
+    assert rows["floor"]["note"] == "no floor in this test"
+    assert not any(row["wrong"] for row in rows.values())
+
+
+def test_what_does_not_fit_has_a_row(monkeypatch):
+    monkeypatch.setattr(case, "available", lambda device: 0)
+    rows = rows_of("AdaBayes")
+    assert rows["AdaBayes"]["note"].startswith("not enough memory: ")
+    assert rows["floor"]["note"] == "nothing was timed"
+
+
+@needs_compiler
+def test_floor_sweeps_each_stream(monkeypatch, tmp_path):
+    library, note = floor.build(tmp_path)
+    assert library, note
+    n, kept = 100_000, []
+    make = floor.random_tensors
+    monkeypatch.setattr(floor, "random_tensors", lambda *arguments: kept.extend(make(*arguments)) or kept)
+    traffics = [memory.Traffic(4 * n, 12 * n, 0), memory.Traffic(4 * n, 16 * n, 4 * n), memory.Traffic(4 * n, 6 * n, 0)]
+    adamw, full, odd = floor.cpu_floors(traffics, library).values()
+    assert [f.moved // n for f in (adamw, full, odd)] == [28, 40, 28]
+    before = [t.clone() for t in kept]
+    full.step()
+    assert torch.equal(kept[0], before[0])
+    assert all(torch.equal(t, was + before[0]) for t, was in zip(kept[1:5], before[1:5], strict=True))
+    assert torch.equal(kept[5], before[0])
+
+
+def test_kernels_without_a_compiler_have_a_row(monkeypatch):
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    (row,) = kernels.measure("cuda", "sm_90", options(), lambda *_: None)
+    assert "there is no nvcc" in row["note"]
+
+
+@needs_compiler
+def test_a_small_run_from_end_to_end(tmp_path):
+    names = ["AdaBayes", "AdaBayes lean", "slow path AdaBayes"]
+    command = [sys.executable, "-m", "bench", "step", "memory", "scaling", "--device", "cpu", "--rounds", "3", "--budget", "0"]
+    command += ["--cases", "1x1K", "10x100", "--contenders", *names, "--output", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "holds results" in again.stderr
+
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["about"]["versions"]["torch"] == torch.__version__
+    rows = results["rows"]
+    for what in ("step", "scaling"):
+        for title in ("one tensor of 1 K", "10 tensors of 100"):
+            found = {row["contender"]: row for row in rows if (row["what"], row["title"]) == (what, title)}
+            assert set(names) | {contenders.ANCHOR} < set(found)
+            floors = {row["moved_bytes"]: row["median_s"] for row in found.values() if row["family"] == "floor"}
+            for name in names:
+                row = found[name]
+                assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+                assert len(row["block_s"]) == len(row["first_s"]) == row["rounds"] == 3
+                assert row["relative"] == pytest.approx(row["median_s"] / found[contenders.ANCHOR]["median_s"])
+                assert row["percent_of_floor"] == pytest.approx(100 * row["floor_s"] / row["median_s"])
+                assert row["floor_s"] == pytest.approx(floors[row["moved_bytes"]])
+                assert row["host_s"] > 0
+    with (tmp_path / "out/results.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == len(rows)
+    for line, row in zip(written, rows, strict=True):
+        assert line == {key: "" if row.get(key) is None else str(row[key]) for key in line}
+    for picture in ("step.png", "scaling.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
