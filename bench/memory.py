@@ -38,7 +38,7 @@ def state_bytes(optimizer) -> int:
     """Of every state tensor but step counts and other single numbers."""
     roots = [list(optimizer.state.values())]
     roots += [[v for key, v in group.items() if key != "params"] for group in optimizer.param_groups]
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors_in(roots, set()) if t.numel() > 1}.values())
+    return sum({t.data_ptr(): t.nbytes for t in tensors_in(roots, set()) if t.numel() > 1}.values())
 
 
 def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

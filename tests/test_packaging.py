@@ -96,7 +96,7 @@ def test_sdist_builds_without_nvcc(source, tmp_path):
     run([sys.executable, "-c", build, str(tmp_path)], source)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     for place in ("csrc", "triton_kernels", "tests"):
         here = {f.relative_to(source) for f in (source / place).rglob("*") if f.is_file() and f.suffix != ".pyc"}
