@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ class Slabs:
         self._open[dtype, device, align] = slab, taken + -(-numel // align) * align
         return torch.empty(0, dtype=dtype, device=device).set_(slab.untyped_storage(), taken, shape, strides)
 
-    def forget_unused(self, tensors: Iterable[Tensor]) -> None:
-        """Lets go of the slabs in which none of ``tensors`` lies, once there are twice as many slabs as were in use."""
+    def forget_unused(self, state: Iterable[Any]) -> None:
+        """Lets go of the slabs in which no tensor of ``state`` lies, once there are twice as many slabs as were in use."""
         if len(self.all) < self._sweep_at:
             return
-        used = {t.untyped_storage().data_ptr() for t in tensors}
+        used = {t.untyped_storage().data_ptr() for t in state if isinstance(t, Tensor)}
         self.all = [slab for slab in self.all if slab.data_ptr() in used]
         self._open.clear()
         self._sweep_at = max(64, 2 * len(self.all))

@@ -300,6 +300,15 @@ def test_state_made_anew_many_times_takes_no_more_memory():
     assert sum(slab.nbytes for slab in optimizer._slabs.all) < 20 * sum(4 * p.nbytes for p in params)
 
 
+def test_a_plain_number_as_step_count_beside_many_slabs():
+    params = [torch.nn.Parameter(torch.randn(1000)) for _ in range(40)]
+    optimizer = make("AdaBayes", params, "auto")
+    train(optimizer, params, 2, seed=1)
+    optimizer.state[params[0]]["step"] = 2
+    train(optimizer, params, 1, seed=1)
+    assert optimizer.state[params[0]]["step"] == 3
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_a_saved_small_state_is_small(name):
     p = torch.nn.Parameter(torch.randn(5))
