@@ -12,14 +12,14 @@ from .table import upload
 
 
 def unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it updates parameters on an NVIDIA GPU only, not on {device}; use backend='auto'"
     if native.module is None:
         return native.missing
     if not hasattr(native.module, "run_cuda"):
         return "the extension was built without CUDA; with nvcc on the PATH, run 'pip install --force-reinstall --no-deps .'"
     if torch.version.hip is not None:
         return "this torch is built for ROCm; use backend='triton'"
-    if device.type != "cuda":
-        return f"it updates parameters on an NVIDIA GPU only, not on {device}; use backend='auto'"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU here (torch.cuda.is_available() is False); use backend='auto'"
     return None
