@@ -64,11 +64,17 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
-    """A state tensor shaped like ``p``, ``value`` everywhere; laid out as p is where p has no gaps."""
+def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
+    """A state tensor shaped like ``p``; laid out as p is where p has no gaps."""
     slot = slabs.empty(p.shape, p.stride(), state_dtype(p), p.device) if _dense(p) else None
     if slot is None:
         slot = torch.empty_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False)
+    return slot
+
+
+def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
+    """A state tensor shaped like ``p``, ``value`` everywhere, in the real and the imaginary part alike."""
+    slot = empty_slot(p, slabs)
     as_real(slot).fill_(value)
     return slot
 
@@ -107,7 +113,7 @@ def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def own_copy(p: Tensor, saved: Tensor, slabs: Slabs) -> Tensor:
     """A saved slot of ``p`` in our dtype, layout and device, sharing no memory with ``saved``."""
-    return new_slot(p, 0.0, slabs).copy_(saved.detach())
+    return empty_slot(p, slabs).copy_(saved.detach())
 
 
 def step_tensor(step: Any, device: torch.device) -> Tensor:

@@ -62,7 +62,7 @@ class _FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_kept_reader" not in self.__dict__:  # unpickled, not loaded into
             self._forget_run()
-        self._kept_reader, self._state_asked_for = None, True
+        self._kept_reader = None  # it knows the state that was
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():

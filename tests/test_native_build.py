@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.kernels import find_cuobjdump
+
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc on PATH")
@@ -41,11 +43,7 @@ def module(build):
 
 @pytest.fixture(scope="session")
 def cuobjdump():
-    """NVIDIA's, from the CUDA toolkit or from Triton's package."""
-    found = shutil.which("cuobjdump")
-    if found is None and importlib.util.find_spec("triton"):
-        found = next(Path(importlib.util.find_spec("triton").origin).parent.rglob("bin/cuobjdump"), None)
-    return found or pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
+    return find_cuobjdump() or pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
 
 
 def test_cpp_tests_pass(build):
