@@ -41,15 +41,15 @@ def _expm1(x: Any) -> Any:
     return torch.expm1(x) if isinstance(x, torch.Tensor) else math.expm1(x)
 
 
-def _common(group: Group, step: Any, grad_scale: Any) -> tuple[Any, ...]:
+def _common(group: Group, step: Any, grad_factor: Any) -> tuple[Any, ...]:
     """What both rules begin with: the gradient's factor, 1 - beta1, 1 - beta2, and the weight's factor (1 - lambda)."""
     beta1, beta2 = group["betas"]
     sign = -1.0 if group["maximize"] else 1.0
-    return sign / grad_scale, 1.0 - beta1, 1.0 - beta2, 1.0 - group["lr"] * group["weight_decay"]
+    return sign * grad_factor, 1.0 - beta1, 1.0 - beta2, 1.0 - group["lr"] * group["weight_decay"]
 
 
-def adabayes_coefficients(group: Group, step: Any, grad_scale: Any = 1.0) -> tuple[Any, ...]:
-    """Algorithm 1's numbers at step count ``step`` (1 at the first), for gradients multiplied by ``grad_scale``.
+def adabayes_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) -> tuple[Any, ...]:
+    """Algorithm 1's numbers at step count ``step`` (1 at the first), gradients being multiplied by ``grad_factor`` first.
 
     Works on floats and, for capturable steps, on 0-dim or 1-dim float64 tensors alike.
     """
@@ -66,14 +66,14 @@ def adabayes_coefficients(group: Group, step: Any, grad_scale: Any = 1.0) -> tup
         drift = forget = -_expm1(-kappa)
     step_size = unit * batch_size / (1.0 - group["betas"][0] ** step)
     fisher = unit * batch_size * batch_size  # times g^2: the squared gradient of the summed loss in units of 1/unit
-    return *_common(group, step, grad_scale), step_size, fisher, forget, drift * drift_unit
+    return *_common(group, step, grad_factor), step_size, fisher, forget, drift * drift_unit
 
 
-def adabayes_fp_coefficients(group: Group, step: Any, grad_scale: Any = 1.0) -> tuple[Any, ...]:
+def adabayes_fp_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) -> tuple[Any, ...]:
     """Algorithm 2's numbers; arguments as in :func:`adabayes_coefficients`. The batch size cancels."""
     beta1, beta2 = group["betas"]
     step_size = group["lr"] / (1.0 - beta1**step)
-    return *_common(group, step, grad_scale), step_size, 0.5 / group["r"], 1.0 / (1.0 - beta2**step), group["eps"]
+    return *_common(group, step, grad_factor), step_size, 0.5 / group["r"], 1.0 / (1.0 - beta2**step), group["eps"]
 
 
 ADABAYES = Algorithm(

@@ -7,56 +7,72 @@ extension is missing, are prepared in Python as tensors.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, clipping
 from .backends import native
 from .backends.launch import WORDS, Launch
-from .gather import DTYPES, Prepared, check_parameter, new_state, prepare
+from .clipping import Scaling
+from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
 
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors
 
 
-def collect(optimizer, grad_scale: Any, found_inf: Any, on_device: bool) -> Callable[[], None]:
+def collect(optimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[], None] | None:
     """Everything of one step up to its launches.
 
     Args:
         optimizer: a fused optimizer.
-        grad_scale: what the gradients have been multiplied by, a number; on_device: also a tensor.
-        found_inf: on_device: a tensor that is not zero where nothing may change, or None.
-        on_device: step counts and coefficients are tensors on each parameter's device, never read by the host.
+        given: what is updated; None: every parameter that has a gradient.
+        scaling: of the gradients. ``on_device``: step counts and coefficients are tensors on each parameter's device.
 
-    Returns: the function that counts the step and updates.
+    Returns: the function that counts the step and updates; None where gradients are not finite and that skips the step.
     """
     created: list[Tensor] = []
-    batch = None if on_device else optimizer._reader()
+    batch = None if scaling.on_device else optimizer._reader()
+    run = None
     try:
-        return _collect(optimizer, batch, grad_scale, found_inf, on_device, created)
-    except BaseException:
-        for p in created:
-            del vars(optimizer)["state"][p]
-        if batch is not None:
-            batch.clear()
-        raise
+        run = _collect(optimizer, batch, given, scaling, created)
+    finally:
+        if run is None:
+            for p in created:
+                del vars(optimizer)["state"][p]
+            if batch is not None:
+                batch.clear()
+    return run
 
 
-def _collect(optimizer, batch, grad_scale, found_inf, on_device, created) -> Callable[[], None]:
-    positions = _unread(optimizer) if batch is None else _read(optimizer, batch)
-    prepared = _prepare(optimizer, positions, on_device, created) if positions else []
+def _collect(optimizer, batch, given, scaling: Scaling, created: list[Tensor]) -> Callable[[], None] | None:
+    if batch is not None and given is not None:
+        batch.begin([], True)
+    items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
+    prepared = _prepare(optimizer, items, scaling.on_device, created) if items else []
     by_tensor = [
         p for p in prepared if batch is None or not batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
     ]
-    launches = [] if batch is None else _launches_of_rows(optimizer, batch, grad_scale)
-    launches += _launches_of_tensors(optimizer, by_tensor, grad_scale, found_inf, on_device)
-    runs = [backends.BACKENDS[backends.choose(optimizer.backend, launch.device)].prepare(launch) for launch in launches]
+    launches = [] if batch is None else _launches_of_rows(optimizer, batch)
+    launches += _launches_of_tensors(optimizer, by_tensor, scaling.on_device)
+    if batch is not None and clipping.reads_gradients_first(optimizer) and any(x.device.type != "cpu" for x in launches):
+        batch.clear()  # the norm is not the host's to know
+        return _collect(optimizer, None, given, scaling._replace(on_device=True), created)
+    decided = clipping.decide(optimizer, launches, scaling)
+    if decided is None:
+        return None
+    factor, found_inf = decided
+    _set_coefficients(optimizer, launches, factor)
+    for launch in launches:
+        launch.found_inf = _on(launch.device, found_inf, torch.float32)
+    runs = [backends.of(optimizer.backend, launch.device).prepare(launch) for launch in launches]
 
     def run() -> None:
         try:
+            optimizer._counted_on_device = scaling.on_device
+            optimizer._count_skipped(found_inf)
             if batch is not None:
                 batch.count_step()
             _count(by_tensor, found_inf)
@@ -71,17 +87,23 @@ def _collect(optimizer, batch, grad_scale, found_inf, on_device, created) -> Cal
     return run
 
 
-def _unread(optimizer) -> list[tuple[int, int]]:
-    """(group, position) of every parameter with a gradient."""
-    return [(g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"]) if p.grad is not None]
+def _item(optimizer, g: int, i: int) -> Item:
+    p = optimizer.param_groups[g]["params"][i]
+    return Item(g, i, p, p.grad, vars(optimizer)["state"].get(p, {}))
 
 
-def _read(optimizer, batch) -> list[tuple[int, int]]:
-    """Fills ``batch``; returns (group, position) of the parameters it leaves to Python."""
+def _unread(optimizer) -> list[Item]:
+    """Every parameter with a gradient."""
+    groups = enumerate(optimizer.param_groups)
+    return [_item(optimizer, g, i) for g, group in groups for i, p in enumerate(group["params"]) if p.grad is not None]
+
+
+def _read(optimizer, batch) -> list[Item]:
+    """Fills ``batch``; returns the parameters it leaves to Python."""
     batch.begin(optimizer._slabs.all, optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE)
     optimizer._state_asked_for = False
-    state = vars(optimizer)["state"]
-    return [(g, i) for g, group in enumerate(optimizer.param_groups) for i in batch.read(group["params"], state, g)]
+    state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
+    return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
 
 
 def _references(owner) -> int:
@@ -91,59 +113,51 @@ def _references(owner) -> int:
 _REFERENCES_OF_ONE = _references(SimpleNamespace(state={}))  # what is counted where nobody else holds the state
 
 
-def _prepare(optimizer, positions, on_device: bool, created: list[Tensor]) -> list[Prepared]:
-    found = [(g, i, optimizer.param_groups[g]["params"][i]) for g, i in positions]
+def _prepare(optimizer, items: list[Item], on_device: bool, created: list[Tensor]) -> list[Prepared]:
     names = optimizer.algorithm.stored(optimizer.lean)
     state = vars(optimizer)["state"]
     optimizer._slabs.forget_unused(entry.get(name) for entry in state.values() for name in ("step", *names))
-    for g, i, p in found:
-        check_parameter(p, state.get(p, {}), names, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
-        backends.choose(optimizer.backend, p.device)
+    for item in items:
+        check_item(item, names)
+        backends.choose(optimizer.backend, item.param.device)
     prepared = []
-    for g, _, p in found:
-        step_device = p.device if on_device else torch.device("cpu")
-        if not state[p]:
+    for item in items:
+        p, step_device = item.param, item.param.device if on_device else torch.device("cpu")
+        if not item.state:
             created.append(p)
             state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device, optimizer._slabs)
-        prepared.append(prepare(p, state[p], names, g, step_device))
+            item = item._replace(state=state[p])
+        prepared.append(prepare(item, names, step_device))
     return prepared
 
 
-def _launches_of_rows(optimizer, batch, grad_scale: float) -> list[Launch]:
-    coefficients = None
-    launches = []
-    for device_type, index, param_dtype, grad_dtype, address, count in batch.buckets():
-        if coefficients is None:
-            coefficients = _coefficients(optimizer, batch.coefficient_keys(), grad_scale)
-        device = torch.device("cpu") if device_type == native.DLPACK_CPU else torch.device("cuda", index)
-        launches.append(
-            Launch(
-                optimizer.algorithm,
-                optimizer.lean,
-                device,
-                DTYPES[param_dtype],
-                DTYPES[grad_dtype],
-                coefficients,
-                address=address,
-                count=count,
-            )
+def _launches_of_rows(optimizer, batch) -> list[Launch]:
+    keys = batch.coefficient_keys()
+    return [
+        Launch(
+            optimizer.algorithm,
+            optimizer.lean,
+            torch.device("cpu") if device_type == native.DLPACK_CPU else torch.device("cuda", index),
+            DTYPES[param_dtype],
+            DTYPES[grad_dtype],
+            keys,
+            address=address,
+            count=count,
         )
-    return launches
+        for device_type, index, param_dtype, grad_dtype, address, count in batch.buckets()
+    ]
 
 
-def _launches_of_tensors(optimizer, prepared: list[Prepared], grad_scale, found_inf, on_device: bool) -> list[Launch]:
+def _launches_of_tensors(optimizer, prepared: list[Prepared], on_device: bool) -> list[Launch]:
     buckets: dict[tuple, list[Prepared]] = {}
     for p in prepared:
         param, grad = p.tensors[:2]
         buckets.setdefault((param.device, param.dtype, grad.dtype), []).append(p)
     launches = []
     for (device, param_dtype, grad_dtype), members in buckets.items():
-        if on_device:
-            coefficients, which = _device_coefficients(optimizer, members, device, grad_scale), list(range(len(members)))
-        else:
-            keys: dict[tuple[int, float], int] = {}
-            which = [keys.setdefault((p.group, float(p.step) + 1), len(keys)) for p in members]
-            coefficients = _coefficients(optimizer, keys, grad_scale)
+        keys: dict[tuple[int, Any], int] = {}
+        # On the device a parameter's count is not known, so each has a key, the tensor, of its own.
+        which = [keys.setdefault((p.group, p.step if on_device else float(p.step) + 1), len(keys)) for p in members]
         launches.append(
             Launch(
                 optimizer.algorithm,
@@ -151,36 +165,45 @@ def _launches_of_tensors(optimizer, prepared: list[Prepared], grad_scale, found_
                 device,
                 param_dtype,
                 grad_dtype,
-                coefficients,
+                list(keys),
                 tensors=[p.tensors for p in members],
                 which=which,
-                found_inf=_on(device, found_inf, torch.float32),
                 kept_alive=optimizer._kept_alive,
             )
         )
     return launches
 
 
-def _coefficients(optimizer, keys: Iterable[tuple[int, float]], grad_scale: float) -> Tensor:
+def _set_coefficients(optimizer, launches: list[Launch], factor: Any) -> None:
+    known: tuple[Any, Tensor | None] = None, None  # rows read in C++ have their keys in common
+    for launch in launches:
+        if isinstance(launch.keys[0][1], Tensor):
+            launch.coefficients = _device_coefficients(optimizer, launch.keys, launch.device, factor)
+        else:
+            if launch.keys is not known[0]:
+                known = launch.keys, _coefficients(optimizer, launch.keys, factor)
+            launch.coefficients = known[1]
+
+
+def _coefficients(optimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
     groups = [_scalars(group, float) for group in optimizer.param_groups]
     return torch.tensor(
-        [optimizer.algorithm.coefficients(groups[g], step, grad_scale) for g, step in keys], dtype=torch.float64, device="cpu"
+        [optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys], dtype=torch.float64, device="cpu"
     )
 
 
-def _device_coefficients(optimizer, members: list[Prepared], device: torch.device, grad_scale: Any) -> Tensor:
-    """One row for each parameter, computed on the device (in float64 where it has it) and never waited for."""
+def _device_coefficients(optimizer, keys: Sequence[tuple[int, Tensor]], device: torch.device, factor: Any) -> Tensor:
+    """One row for each (group, step count before this step), computed on the device (in float64 where it has it) and never
+    waited for."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    steps = torch.stack([p.step for p in members]).to(dtype) + 1
-    rows = torch.empty(len(members), WORDS, dtype=dtype, device=device)
-    for g in dict.fromkeys(p.group for p in members):
-        at = [i for i, p in enumerate(members) if p.group == g]
+    steps = torch.stack([step for _, step in keys]).to(dtype) + 1
+    rows = torch.empty(len(keys), WORDS, dtype=dtype, device=device)
+    for g in dict.fromkeys(g for g, _ in keys):
+        at = [i for i, key in enumerate(keys) if key[0] == g]
         group = _scalars(optimizer.param_groups[g], lambda t: _on(device, t, dtype))
-        start, stop = at[0], at[-1] + 1  # members come in the groups' order
-        for column, value in enumerate(
-            optimizer.algorithm.coefficients(group, steps[start:stop], _on(device, grad_scale, dtype))
-        ):
+        start, stop = at[0], at[-1] + 1  # keys come in the groups' order
+        for column, value in enumerate(optimizer.algorithm.coefficients(group, steps[start:stop], _on(device, factor, dtype))):
             rows[start:stop, column] = value
     return rows
 

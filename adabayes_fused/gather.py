@@ -19,6 +19,19 @@ from .slabs import Slabs
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
 
 
+class Item(NamedTuple):
+    """A parameter that a step has found: where (its group, its position there), its gradient and its state."""
+
+    group: int
+    position: int
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"parameter {self.position} of group {self.group}, shape {tuple(self.param.shape)},"
+
+
 class Prepared(NamedTuple):
     """One parameter as the kernels take it. ``copy`` is the dense stand-in for a parameter with gaps, else None."""
 
@@ -33,9 +46,9 @@ class Prepared(NamedTuple):
             self.param.detach().copy_(self.copy)
 
 
-def check_parameter(p: Tensor, state: dict[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Raises for a parameter, gradient or state no kernel can take; ``where`` names it. Changes nothing."""
-    grad = p.grad
+def check_item(item: Item, names: tuple[str, ...]) -> None:
+    """Raises for a parameter, gradient or state no kernel can take, naming it. Changes nothing."""
+    p, grad, state, where = item.param, item.grad, item.state, str(item)
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{where} has a sparse gradient ({grad.layout}), and AdaBayes takes dense ones only. "
@@ -124,10 +137,11 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
     return known.to(device=device, dtype=torch.float32).reshape(())
 
 
-def prepare(p: Tensor, state: dict[str, Any], names: tuple[str, ...], group: int, step_device: torch.device) -> Prepared:
-    """Parameter ``p``, its gradient and its state ``names`` as plain tensors; state of another dtype, device or layout
-    is replaced by its equal in ours. ``p.grad`` is never written."""
-    param, grad = p.detach(), p.grad.detach().resolve_conj().resolve_neg()
+def prepare(item: Item, names: tuple[str, ...], step_device: torch.device) -> Prepared:
+    """An item as plain tensors; state of another dtype, device or layout is replaced by its equal in ours. The gradient is
+    never written."""
+    p, state = item.param, item.state
+    param, grad = p.detach(), item.grad.detach().resolve_conj().resolve_neg()
     if not grad.is_complex() and grad.dtype not in DTYPES:
         grad = grad.to(torch.float32)  # float8 and the like
     copy = None
@@ -137,4 +151,4 @@ def prepare(p: Tensor, state: dict[str, Any], names: tuple[str, ...], group: int
     for name in names:
         state[name] = laid_out_like(param, state[name], state_dtype(param))
     tensors = [param, laid_out_like(param, grad, grad.dtype), *(state[name] for name in names)]
-    return Prepared(p, [as_real(t) for t in tensors], state["step"], group, copy)
+    return Prepared(p, [as_real(t) for t in tensors], state["step"], item.group, copy)

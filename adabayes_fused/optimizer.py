@@ -11,26 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _use_grad_for_differentiable
 
-from . import backends, checkpoint
+from . import backends, checkpoint, clipping, operators
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
 from .backends import native
+from .clipping import Scaling
 from .collect import collect
+from .gather import Item
 from .slabs import Slabs
 
-_RUN_POLICY = ("backend", "lean", "fused_unscale")  # outside the groups: a checkpoint must not change it
+_RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")  # outside the groups: a checkpoint must not change it
 
 
 class _FusedOptimizer(Optimizer):
     algorithm: Algorithm
 
-    def __init__(self, params, defaults: dict[str, Any], *, backend: str, lean: bool, fused_unscale: bool) -> None:
+    max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
+    skip_nonfinite = False
+
+    def __init__(self, params, defaults: dict[str, Any], *, lean: bool, backend: str, fused_unscale: bool, **clip: Any) -> None:
         backends.check_name(backend)
         for name, flag in (("lean", lean), ("fused_unscale", fused_unscale)):
             if not isinstance(flag, bool):
                 raise TypeError(f"Invalid {name} value: {flag!r} (allowed: True or False)")
+        clipping.check(**clip)
         self.backend, self.lean, self.fused_unscale = backend, lean, fused_unscale
+        self.max_grad_norm, self.skip_nonfinite = clip["max_grad_norm"], clip["skip_nonfinite"]
         self._forget_run()
         super().__init__(params, {**defaults, "differentiable": False})
 
@@ -82,7 +88,7 @@ class _FusedOptimizer(Optimizer):
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
-    @_use_grad_for_differentiable
+    @torch.no_grad()
     def step(self, closure=None):
         """One step over every parameter that has a gradient; its step count rises by one, the others' stay.
 
@@ -98,22 +104,50 @@ class _FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            operators.trace(self)
+        else:
+            self._step()
+        return loss
+
+    def _step(self, given: list[Item] | None = None) -> None:
         for group in self.param_groups:
             check_step(self.algorithm, group)
+        clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = self._counts_on_device(grad_scale, found_inf)
         if not (on_device and isinstance(found_inf, Tensor)):  # the host may look at it
             if found_inf:
-                return loss
+                return self._count_skipped(found_inf)
             found_inf = None
         if grad_scale is None:
             grad_scale = 1.0
         elif not on_device:
             grad_scale = float(grad_scale)
-        run = collect(self, grad_scale, found_inf, on_device)
-        self._counted_on_device = on_device
+        run = collect(self, given, Scaling(grad_scale, found_inf, on_device))
+        if run is None:
+            return self._count_skipped(1)
         run()
-        return loss
+
+    def _count_skipped(self, found_inf: Any) -> None:
+        if isinstance(found_inf, Tensor):
+            self._skipped = self._skipped.to(found_inf.device, non_blocking=True)
+            self._skipped += found_inf.reshape(()) != 0
+        elif found_inf:
+            self._skipped += 1
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps this object has skipped: a 0-dim int64 tensor, on the device that decides. Reading it does not
+        wait, ``int(...)`` does."""
+        return self._skipped
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of the last step's gradients, unscaled and before clipping: a 0-dim float64 tensor on their device;
+        None without ``max_grad_norm`` and ``skip_nonfinite``."""
+        norm = self._grad_norm
+        return torch.tensor(norm, dtype=torch.float64, device="cpu") if isinstance(norm, float) else norm
 
     def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
         """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
@@ -146,6 +180,9 @@ class _FusedOptimizer(Optimizer):
         self._state_asked_for = True
         self._kept_alive: list[Tensor] = []
         self._counted_on_device = False
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._grad_norm: float | Tensor | None = None
+        self._name = operators.register(self)
 
     # --- Saving and loading -------------------------------------------------------------------------------------------
 
@@ -193,7 +230,7 @@ class AdaBayes(_FusedOptimizer):
         u_{prior} &\leftarrow (1 - \kappa/2)^2 u_{post} + \kappa \\
         w &\leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, r \, u_{post} \, m / (1 - \beta_1^t)
 
-    Every option but ``lean``, ``backend`` and ``fused_unscale`` may also be given per parameter group. ``lr``,
+    Every option but the last four and ``lean``, ``backend`` may also be given per parameter group. ``lr``,
     ``batch_size``, ``weight_decay``, ``betas`` and the group's ``r`` are read afresh at each step.
 
     Args:
@@ -214,6 +251,8 @@ class AdaBayes(_FusedOptimizer):
         capturable: keep step counts and scalars on the device, for CUDA graphs.
         fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
             the scaler, for Lightning's clipping and Accelerate's fp16.
+        max_grad_norm: clip the 2-norm of all gradients to this, within ``step``; ``p.grad`` stays as it is. inf measures only.
+        skip_nonfinite: a step with a gradient that is not finite changes nothing.
 
     State per parameter: ``step``, a 0-dim float32 tensor; ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
     ``post_var``, shaped like it, float32 (float64 for float64), variances in units of sigma^2.
@@ -241,6 +280,8 @@ class AdaBayes(_FusedOptimizer):
         backend: str = "auto",
         capturable: bool = False,
         fused_unscale: bool = True,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -253,7 +294,8 @@ class AdaBayes(_FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        super().__init__(params, defaults, backend=backend, lean=lean, fused_unscale=fused_unscale)
+        policy = dict(lean=lean, backend=backend, fused_unscale=fused_unscale)
+        super().__init__(params, defaults, **policy, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
 
 
 class AdaBayesFP(_FusedOptimizer):
@@ -267,7 +309,7 @@ class AdaBayesFP(_FusedOptimizer):
     ``sgd_lr=inf`` is AdamW; where gradients tend to 0 it is SGD at ``sgd_lr``, with averaged momentum. The batch size cancels.
 
     Args:
-        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale: as in :class:`AdaBayes`.
+        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale, max_grad_norm, skip_nonfinite: as in :class:`AdaBayes`.
         sgd_lr: as in :class:`AdaBayes`, or inf.
         eps: AdamW's; needed only where ``sgd_lr=inf``.
         batch_size: not used by the update; tell it to have variances in the paper's units.
@@ -295,6 +337,8 @@ class AdaBayesFP(_FusedOptimizer):
         backend: str = "auto",
         capturable: bool = False,
         fused_unscale: bool = True,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -306,4 +350,5 @@ class AdaBayesFP(_FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        super().__init__(params, defaults, backend=backend, lean=lean, fused_unscale=fused_unscale)
+        policy = dict(lean=lean, backend=backend, fused_unscale=fused_unscale)
+        super().__init__(params, defaults, **policy, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)

@@ -7,5 +7,8 @@
 // Updates every row of the bucket in one parallel region of at most `threads` threads. `isa`: one of cpu_isas().
 void run_cpu(const Bucket& bucket, int threads, const std::string& isa);
 
+// The sum of the squares of the bucket's gradients, in double: the same bits for any number of threads and instruction set.
+double sum_of_squares_cpu(const Bucket& bucket, int threads, const std::string& isa);
+
 // The instruction sets this build has and this processor runs, best first.
 std::vector<std::string> cpu_isas();

@@ -13,6 +13,18 @@ update(const Row* rows, const int64_t* chunks, const double* coefficients, DType
   update_chunk<Rule, P, G, full>(rows, chunks, coefficients, grad_dtype, blockIdx.x, threadIdx.x, kThreads);
 }
 
+// Block by block in a fixed order: no atomics, the same bits each time.
+template <class G>
+__global__ void __launch_bounds__(kThreads) sum_squares(const Row* rows, const int64_t* chunks, double* sums) {
+  __shared__ double part[kThreads];
+  part[threadIdx.x] = sum_of_squares<G>(rows, chunks, blockIdx.x, threadIdx.x, kThreads);
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = part[0];
+}
+
 void check(cudaError_t status, const char* doing) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("adabayes_fused, ") + doing + ": " + cudaGetErrorString(status));
 }
@@ -44,4 +56,13 @@ void run_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t fo
     });
   });
   check(cudaGetLastError(), "launching the update");
+}
+
+void sum_of_squares_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t sums, int device, int64_t stream) {
+  const DeviceGuard guard(device);
+  with_dtype(bucket.grad, [&](auto grad) {
+    sum_squares<typename decltype(grad)::type><<<unsigned(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+        bucket.rows, reinterpret_cast<const int64_t*>(chunks), reinterpret_cast<double*>(sums));
+  });
+  check(cudaGetLastError(), "launching the sum of squares");
 }

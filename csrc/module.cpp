@@ -36,12 +36,21 @@ PYBIND11_MODULE(_native, m) {
     py::gil_scoped_release release;
     run_cpu(bucket, threads, isa);
   });
+  m.def("sum_of_squares_cpu", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients, int threads, const std::string& isa) {
+    const Bucket bucket = bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients);
+    py::gil_scoped_release release;
+    return sum_of_squares_cpu(bucket, threads, isa);
+  });
 
 #ifdef HAVE_CUDA
   m.attr("CUDA_CHUNK") = kChunk;
   m.def("run_cuda", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients,
                        int64_t chunks, int64_t n_chunks, int64_t found_inf, int device, int64_t stream) {
     run_cuda(bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients), chunks, n_chunks, found_inf, device, stream);
+  });
+  m.def("sum_of_squares_cuda", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients,
+                                  int64_t chunks, int64_t n_chunks, int64_t sums, int device, int64_t stream) {
+    sum_of_squares_cuda(bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients), chunks, n_chunks, sums, device, stream);
   });
 #endif
 }

@@ -74,19 +74,48 @@ RULE_FN void update_pack(const typename Rule::template Coefficients<T>& c, const
   for (int s = 0; s < slots; ++s) store<N>(reinterpret_cast<T*>(row.slot[s]), i, slot[s]);
 }
 
+// Elements begin..end of a row: those of the block's chunk.
+struct Chunk {
+  int64_t begin, end;
+  RULE_FN Chunk(const Row& row, int64_t entry)
+      : begin(chunk_of(entry) * kChunk), end(begin + kChunk < row.numel ? begin + kChunk : row.numel) {}
+  // The end of those that are moved N at a time.
+  RULE_FN int64_t packed(bool aligned, int N) const { return aligned ? begin + (end - begin) / N * N : begin; }
+};
+
+// One thread's part of the sum of a chunk's squared gradients. In double: float overflows at a norm of 1.8e19.
+template <class G>
+THREAD_FN double sum_of_squares(const Row* rows, const int64_t* chunks, int64_t block, int thread, int threads) {
+  constexpr int N = 16 / sizeof(G);
+  const Row row = rows[row_of(chunks[block])];
+  const Chunk chunk(row, chunks[block]);
+  const int64_t packed = chunk.packed((row.grad & 15) == 0, N);
+  const G* grad = reinterpret_cast<const G*>(row.grad);
+  double sum = 0, g[N];
+  for (int64_t i = chunk.begin + int64_t(thread) * N; i < packed; i += int64_t(threads) * N) {
+    load<N>(grad, i, g);
+    UNROLL
+    for (int k = 0; k < N; ++k) sum += g[k] * g[k];
+  }
+  for (int64_t i = packed + thread; i < chunk.end; i += threads) {
+    load<1>(grad, i, g);
+    sum += g[0] * g[0];
+  }
+  return sum;
+}
+
 template <class Rule, class P, class G, bool full>
 THREAD_FN void update_chunk(const Row* rows, const int64_t* chunks, const double* coefficient_rows, DType grad_dtype,
                             int64_t block, int thread, int threads) {
   using T = typename Compute<P>::type;
   // The parameter's type fills a 16-byte access; a narrower gradient's is shorter.
   constexpr int N = 16 / sizeof(P);
-  const int64_t entry = chunks[block], begin = chunk_of(entry) * kChunk;
-  const Row row = rows[row_of(entry)];
+  const Row row = rows[row_of(chunks[block])];
+  const Chunk chunk(row, chunks[block]);
   const auto c = coefficients<Rule, T>(coefficient_rows + row.coefficients * kCoefficients);
-  const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
   const bool aligned = ((row.param | row.grad | row.slot[0] | row.slot[1] | row.slot[2] | row.slot[3]) & 15) == 0;
-  const int64_t packed = aligned ? begin + (end - begin) / N * N : begin;
-  for (int64_t i = begin + int64_t(thread) * N; i < packed; i += int64_t(threads) * N)
+  const int64_t packed = chunk.packed(aligned, N);
+  for (int64_t i = chunk.begin + int64_t(thread) * N; i < packed; i += int64_t(threads) * N)
     update_pack<Rule, P, G, full, N>(c, row, grad_dtype, i);
-  for (int64_t i = packed + thread; i < end; i += threads) update_pack<Rule, P, G, full, 1>(c, row, grad_dtype, i);
+  for (int64_t i = packed + thread; i < chunk.end; i += threads) update_pack<Rule, P, G, full, 1>(c, row, grad_dtype, i);
 }

@@ -34,6 +34,15 @@ def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
+def _chunk(rows, chunks, CHUNK: tl.constexpr):
+    """The program's row, the first element of its chunk, and how many are left from there on."""
+    entry = tl.load(chunks + tl.program_id(0))
+    row = rows + (entry >> 32) * 8
+    begin = (entry & 0xFFFFFFFF) * CHUNK
+    return row, begin, tl.load(row + 6) - begin
+
+
+@triton.jit
 def _store(pointer, offsets, left, value, FULL: tl.constexpr):
     value = narrow(value, pointer.dtype.element_ty)
     tl.store(pointer + offsets, value) if FULL else tl.store(pointer + offsets, value, mask=offsets < left)
@@ -95,10 +104,7 @@ def multi_tensor(
     SKIPPABLE: tl.constexpr,
 ):
     """``found_inf``: one float; where SKIPPABLE and it is not zero, nothing changes."""
-    entry = tl.load(chunks + tl.program_id(0))
-    row = rows + (entry >> 32) * 8
-    begin = (entry & 0xFFFFFFFF) * CHUNK
-    left = tl.load(row + 6) - begin
+    row, begin, left = _chunk(rows, chunks, CHUNK)
     if SKIPPABLE:
         left = tl.where(tl.load(found_inf) != 0, 0, left)
     k = coefficients + tl.load(row + 7) * 8
@@ -117,3 +123,24 @@ def multi_tensor(
         _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, True)
     else:
         _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, False)
+
+
+@triton.jit
+def _sum_chunk(row, begin, left, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    pointer = _pointer(row, 1, GRAD, begin, FULL)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, CHUNK, BLOCK):
+        grad = _load(pointer, start + tl.arange(0, BLOCK), left, tl.float64, FULL)
+        sums += grad * grad
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def sum_of_squares(rows, chunks, sums, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes each chunk's sum of squared gradients, in float64: float32 overflows at a norm of 1.8e19."""
+    row, begin, left = _chunk(rows, chunks, CHUNK)
+    if (left >= CHUNK) & (tl.load(row + 1) % 16 == 0):
+        total = _sum_chunk(row, begin, left, GRAD, CHUNK, BLOCK, True)
+    else:
+        total = _sum_chunk(row, begin, left, GRAD, CHUNK, BLOCK, False)
+    tl.store(sums + tl.program_id(0), total)

@@ -1,6 +1,7 @@
 """The backends, one file each, and the choice between them.
 
-Each has ``unavailable(device)``: None, or why it cannot update parameters there and what to do about it; and
+Each has ``unavailable(device)``: None, or why it cannot update parameters there and what to do about it;
+``sum_of_squares(launch)``: of all its gradients, a 0-dim float64 tensor on its device, never waited for; and
 ``prepare(launch)``: everything that may fail, returning the function that updates.
 """
 
@@ -33,3 +34,8 @@ def choose(name: str, device: torch.device) -> str:
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}")
     return name
+
+
+def of(name: str, device: torch.device) -> ModuleType:
+    """The backend itself; ``choose`` raises where there is none."""
+    return BACKENDS[choose(name, device)]

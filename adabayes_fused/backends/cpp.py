@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from . import native
 from .launch import Launch
@@ -28,9 +29,21 @@ def chosen_isa(forced: str | None) -> str:
     return forced or isas[0]
 
 
-def prepare(launch: Launch) -> Callable[[], None]:
+def _table(launch: Launch) -> tuple[int, Tensor | None]:
+    """The address of the rows, and what holds them."""
     rows = None if launch.address else launch.rows()
-    address = launch.address or rows.data_ptr()
+    return launch.address or rows.data_ptr(), rows
+
+
+def sum_of_squares(launch: Launch) -> Tensor:
+    address, _rows = _table(launch)
+    isa = chosen_isa(os.environ.get(ISA_VARIABLE))
+    total = native.module.sum_of_squares_cpu(*native.bucket(launch, address, 0), torch.get_num_threads(), isa)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
+
+
+def prepare(launch: Launch) -> Callable[[], None]:
+    address, rows = _table(launch)
     isa = chosen_isa(os.environ.get(ISA_VARIABLE))
 
     def run(rows=rows) -> None:  # holds on to the rows it reads

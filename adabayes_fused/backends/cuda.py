@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from . import native
 from .launch import Launch
-from .table import upload
+from .table import coefficients_of, upload
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -25,9 +26,25 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def prepare(launch: Launch) -> Callable[[], None]:
-    rows, chunks, coefficients = upload(launch, native.module.CUDA_CHUNK)
+def _where(launch: Launch) -> tuple[int, int]:
+    """The device's index and the current stream there."""
     index = launch.device.index if launch.device.index is not None else torch.cuda.current_device()
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def sum_of_squares(launch: Launch) -> Tensor:
+    rows, chunks = upload(launch, native.module.CUDA_CHUNK)
+    sums = torch.empty(len(chunks), dtype=torch.float64, device=launch.device)
+    if len(chunks):
+        native.module.sum_of_squares_cuda(
+            *native.bucket(launch, rows.data_ptr(), 0), chunks.data_ptr(), len(chunks), sums.data_ptr(), *_where(launch)
+        )
+    return sums.sum()
+
+
+def prepare(launch: Launch) -> Callable[[], None]:
+    rows, chunks = upload(launch, native.module.CUDA_CHUNK)
+    coefficients = coefficients_of(launch)
 
     def run() -> None:
         if len(chunks):
@@ -37,8 +54,7 @@ def prepare(launch: Launch) -> Callable[[], None]:
                 chunks.data_ptr(),
                 len(chunks),
                 found_inf,
-                index,
-                torch.cuda.current_stream(index).cuda_stream,
+                *_where(launch),
             )
 
     return run

@@ -72,6 +72,14 @@ def _lerp(average: list[Tensor], value: list[Tensor], weight) -> None:
     torch._foreach_add_(average, difference)
 
 
+def sum_of_squares(launch: Launch) -> Tensor:
+    dtype = torch.float32 if launch.device.type == "mps" else torch.float64
+    grads = [tensors[1] for tensors in launch.tensors if tensors[1].numel()]
+    if not grads:
+        return torch.zeros((), dtype=dtype, device=launch.device)
+    return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square().sum()
+
+
 def prepare(launch: Launch) -> Callable[[], None]:
     rule = RULES[launch.algorithm.name]
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)

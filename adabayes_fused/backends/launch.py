@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,13 @@ class Launch:
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
-    coefficients: Tensor  # float64, (sets, 8), on the CPU; on the device where the host must not know them
+    keys: Sequence[tuple[int, Any]]  # the group and the step count after this step of each row of coefficients
     address: int = 0
     count: int = 0
     tensors: list[list[Tensor]] = field(default_factory=list)
     which: list[int] = field(default_factory=list)
+    coefficients: Tensor | None = None  # float64, (sets, 8), on the CPU; on the device where the host must not know them
+    uploaded: tuple[Tensor, Tensor] | None = None  # rows and chunk map, on the device: backends/table.py
     found_inf: Tensor | None = None  # on the device: one float32, not zero where nothing may change
     kept_alive: list[Tensor] = field(default_factory=list)  # takes memory that a captured graph goes on reading
 

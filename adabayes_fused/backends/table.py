@@ -26,12 +26,14 @@ def _cached_chunk_map(numels: Tensor, chunk: int) -> Tensor:
     return cached[1]
 
 
-def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, chunk map and coefficients on the launch's device, without waiting for it."""
+def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
+    """Rows and chunk map on the launch's device, without waiting for it; coefficients that the host knows go along."""
+    if launch.uploaded is not None:
+        return launch.uploaded
     rows = launch.rows()
     chunks = _cached_chunk_map(rows[:, 6], chunk)
-    on_host = launch.coefficients.device.type == "cpu"
-    head = launch.coefficients.view(torch.int64).reshape(-1) if on_host else rows.new_empty(0)
+    known = launch.coefficients is not None and launch.coefficients.device.type == "cpu"
+    head = launch.coefficients.view(torch.int64).reshape(-1) if known else rows.new_empty(0)
     packed = torch.empty(
         len(head) + rows.numel() + len(chunks), dtype=torch.int64, device="cpu", pin_memory=launch.device.type == "cuda"
     )
@@ -40,4 +42,12 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         launch.kept_alive.append(packed)  # the graph copies from it at every replay
     coefficients, rows, chunks = table.split((len(head), rows.numel(), len(chunks)))
-    return rows.view(-1, WORDS), chunks, coefficients.view(torch.float64) if on_host else launch.coefficients
+    if known:
+        launch.coefficients = coefficients.view(torch.float64)
+    launch.uploaded = rows.view(-1, WORDS), chunks
+    return launch.uploaded
+
+
+def coefficients_of(launch: Launch) -> Tensor:
+    """The coefficients where the rows are; ``upload`` has been there."""
+    return launch.coefficients.to(launch.device, non_blocking=True)

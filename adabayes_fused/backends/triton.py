@@ -8,9 +8,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from .launch import Launch
-from .table import upload
+from .table import coefficients_of, upload
 
 CHUNK = 8192  # elements a program updates
 BLOCK = 1024  # elements at a time
@@ -31,42 +32,62 @@ def unavailable(device: torch.device) -> str | None:
     return f"it updates parameters on a GPU, not on {device}; TRITON_INTERPRET=1 runs it, slowly, on the CPU"
 
 
-def constants(launch: Launch) -> dict:
-    """The compile-time arguments of ``multi_tensor`` for a launch."""
+def _named(dtype: torch.dtype):
     import triton.language as tl
 
+    return {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def constants(launch: Launch) -> dict:
+    """The compile-time arguments of ``multi_tensor`` for a launch."""
     from ..triton_kernels.rules import RULES
 
-    named = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     algorithm = launch.algorithm
     return dict(
         RULE=RULES[algorithm.name],
         READS=algorithm.lean if launch.lean else algorithm.reads,
         SLOTS=launch.slots,
-        PARAM=named[launch.param_dtype],
-        GRAD=named[launch.grad_dtype],
-        STATE=tl.float64 if launch.param_dtype == torch.float64 else tl.float32,
+        PARAM=_named(launch.param_dtype),
+        GRAD=_named(launch.grad_dtype),
+        STATE=_named(torch.promote_types(launch.param_dtype, torch.float32)),
         CHUNK=CHUNK,
         BLOCK=BLOCK,
         SKIPPABLE=launch.found_inf is not None,
     )
 
 
+def _on_device(launch: Launch):
+    return torch.cuda.device(launch.device) if launch.device.type == "cuda" else nullcontext()
+
+
+def sum_of_squares(launch: Launch) -> Tensor:
+    from ..triton_kernels import multi_tensor
+
+    rows, chunks = upload(launch, CHUNK)
+    sums = torch.empty(len(chunks), dtype=torch.float64, device=launch.device)
+    if len(chunks):
+        with _on_device(launch):
+            multi_tensor.sum_of_squares[(len(chunks),)](
+                rows, chunks, sums, GRAD=_named(launch.grad_dtype), CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS
+            )
+    return sums.sum()
+
+
 def prepare(launch: Launch) -> Callable[[], None]:
     from ..triton_kernels.multi_tensor import multi_tensor
 
-    rows, chunks, coefficients = upload(launch, CHUNK)
+    rows, chunks = upload(launch, CHUNK)
+    coefficients = coefficients_of(launch)
     found_inf = coefficients if launch.found_inf is None else launch.found_inf
     arguments = (rows, chunks, coefficients, found_inf)
     keywords = constants(launch) | OPTIONS
-    on_device = (lambda: torch.cuda.device(launch.device)) if launch.device.type == "cuda" else nullcontext
     if len(chunks) and not interpreted():
-        with on_device():  # compiles, if it has to, before anything is changed
+        with _on_device(launch):  # compiles, if it has to, before anything is changed
             multi_tensor.warmup(*arguments, grid=(1,), **keywords)
 
     def run() -> None:
         if len(chunks):
-            with on_device():
+            with _on_device(launch):
                 multi_tensor[(len(chunks),)](*arguments, **keywords)
 
     return run

@@ -1,0 +1,75 @@
+"""What ``torch.compile`` sees of a step: one operator that changes parameters and state in place.
+
+Tracing reads parameters, gradients and state, so that their replacement is noticed; learning rates and the other options
+are read when the operator runs, so that a schedule compiles nothing anew. It does what an eager step does, with its bits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from .gather import Item, new_state, step_tensor
+
+_optimizers: weakref.WeakValueDictionary[str, torch.optim.Optimizer] = weakref.WeakValueDictionary()
+_numbers = count()
+
+
+def register(optimizer) -> str:
+    """A name by which ``step_`` finds the optimizer, for as long as it lives."""
+    name = f"{type(optimizer).__name__} {next(_numbers)}"
+    _optimizers[name] = optimizer
+    return name
+
+
+@torch.library.custom_op("adabayes_fused::step_", mutates_args=("params", "state"))
+def step_(params: list[Tensor], grads: list[Tensor], state: list[Tensor], groups: list[int], optimizer: str) -> None:
+    """One step of the optimizer of this name on parameters of these groups; ``state``: of each, ``step`` and its slots."""
+    found = _optimizers[optimizer]
+    names = ("step", *found.algorithm.stored(found.lean))
+    entries = [dict(zip(names, state[i : i + len(names)], strict=True)) for i in range(0, len(state), len(names))]
+    used = [dict(entry) for entry in entries]  # what has another form than ours is replaced here
+    found._step([Item(*item) for item in zip(groups, range(len(params)), params, grads, used, strict=True)])
+    for entry, in_our_form in zip(entries, used, strict=True):
+        for name, given in entry.items():
+            if in_our_form[name] is not given:
+                given.copy_(in_our_form[name])
+
+
+@step_.register_fake
+def _(params, grads, state, groups, optimizer) -> None:
+    pass
+
+
+@torch.compiler.assume_constant_result
+def _make_ready(name: str) -> None:
+    """Runs while ``step`` is traced: state that is missing is made, step counts go to the parameters' devices."""
+    optimizer = _optimizers[name]
+    state = vars(optimizer)["state"]
+    optimizer._param_lists = [group["params"] for group in optimizer.param_groups]
+    for params in optimizer._param_lists:
+        for p in params:
+            optimizer._counted_on_device |= p.device.type != "cpu"
+            if p.grad is not None and not state[p]:
+                state[p] = new_state(optimizer.algorithm, optimizer.lean, p, p.device, optimizer._slabs)
+            elif state.get(p):
+                state[p]["step"] = step_tensor(state[p]["step"], p.device)
+
+
+def trace(optimizer) -> None:
+    """``optimizer.step`` as torch.compile traces it."""
+    _make_ready(optimizer._name)
+    names = ("step", *optimizer.algorithm.stored(optimizer.lean))
+    params, grads, state, groups = [], [], [], []
+    for g, members in enumerate(optimizer._param_lists):
+        for p in members:
+            if p.grad is not None:
+                params.append(p)
+                grads.append(p.grad)
+                state.extend([vars(optimizer)["state"][p][name] for name in names])
+                groups.append(g)
+    if params:
+        torch.ops.adabayes_fused.step_(params, grads, state, groups, optimizer._name)
