@@ -120,6 +120,8 @@ def _prepare(optimizer, items: list[Item], on_device: bool, created: list[Tensor
     for item in items:
         check_item(item, names)
         backends.choose(optimizer.backend, item.param.device)
+    if on_device and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _check_capture(optimizer, items)
     prepared = []
     for item in items:
         p, step_device = item.param, item.param.device if on_device else torch.device("cpu")
@@ -129,6 +131,23 @@ def _prepare(optimizer, items: list[Item], on_device: bool, created: list[Tensor
             item = item._replace(state=state[p])
         prepared.append(prepare(item, names, step_device))
     return prepared
+
+
+def _check_capture(optimizer, items: list[Item]) -> None:
+    """Raises for what a CUDA graph would freeze or lose: state made during capture, options the host holds in tensors."""
+    for item in items:
+        if not item.state:
+            raise RuntimeError(f"{item} has no state yet: run a few steps before capturing a CUDA graph")
+        if item.state["step"].device != item.param.device:
+            raise RuntimeError(f"{item} has its step count on the CPU: run a step with capturable=True before capturing")
+    for g in dict.fromkeys(item.group for item in items):
+        for name in SCALARS:
+            value = optimizer.param_groups[g].get(name)
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                raise RuntimeError(
+                    f"{name} of group {g} is a tensor on the CPU, where replays of a CUDA graph would not see it change; "
+                    f'move it to the GPU: optimizer.param_groups[{g}]["{name}"] = {name}.cuda()'
+                )
 
 
 def _launches_of_rows(optimizer, batch) -> list[Launch]:

@@ -46,30 +46,35 @@ def _(params, grads, state, groups, optimizer) -> None:
 
 @torch.compiler.assume_constant_result
 def _make_ready(name: str) -> None:
-    """Runs while ``step`` is traced: state that is missing is made, step counts go to the parameters' devices."""
+    """Runs while ``step`` is traced: state that is missing is made, each tensor of it in memory of its own (the compiler
+    copies what shares memory), and step counts go to the parameters' devices."""
     optimizer = _optimizers[name]
-    state = vars(optimizer)["state"]
     optimizer._param_lists = [group["params"] for group in optimizer.param_groups]
-    for params in optimizer._param_lists:
-        for p in params:
-            optimizer._counted_on_device |= p.device.type != "cpu"
-            if p.grad is not None and not state[p]:
-                state[p] = new_state(optimizer.algorithm, optimizer.lean, p, p.device, optimizer._slabs)
-            elif state.get(p):
-                state[p]["step"] = step_tensor(state[p]["step"], p.device)
+    for p in (p for params in optimizer._param_lists for p in params):
+        optimizer._counted_on_device |= p.device.type != "cpu"
+        if p.grad is not None and not optimizer.state[p]:
+            optimizer.state[p] = new_state(optimizer.algorithm, optimizer.lean, p, p.device, optimizer._slabs)
+        entry = optimizer.state.get(p, {})
+        for key, value in entry.items():
+            if key == "step":
+                value = step_tensor(value, p.device)
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                value = value.clone()
+            entry[key] = value
 
 
 def trace(optimizer) -> None:
     """``optimizer.step`` as torch.compile traces it."""
     _make_ready(optimizer._name)
     names = ("step", *optimizer.algorithm.stored(optimizer.lean))
-    params, grads, state, groups = [], [], [], []
+    params, groups, grads = [], [], []
     for g, members in enumerate(optimizer._param_lists):
         for p in members:
             if p.grad is not None:
                 params.append(p)
-                grads.append(p.grad)
-                state.extend([vars(optimizer)["state"][p][name] for name in names])
                 groups.append(g)
+                grads.append(p.grad)
+    # Only now: once Dynamo knows a parameter as a key of the state, it takes its gradient for one that never changes.
+    state = [vars(optimizer)["state"][p][name] for p in params for name in names]
     if params:
         torch.ops.adabayes_fused.step_(params, grads, state, groups, optimizer._name)
