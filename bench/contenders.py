@@ -15,6 +15,7 @@ from adabayes_fused import AdaBayes, AdaBayesFP, backends, reference
 
 ANCHOR = "torch AdamW fused"  # what the others are compared with
 WEIGHT_DECAY = 0.05
+MAX_GRAD_NORM = 1.0
 ADAM = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=WEIGHT_DECAY)
 
 
@@ -31,21 +32,43 @@ class Contender(NamedTuple):
     detail: bool = False  # tables only, not pictures
 
 
-def contenders(device: str) -> dict[str, Contender]:
-    """All of them, by name; the first in each family is the one to look at."""
-    return {c.name: c for c in (*ours(device), *torch_adamw(), *slow_paths(), *peers())}
+def contenders(device: str, clipped: bool = False) -> dict[str, Contender]:
+    """All of them, by name; the first in each family is the one to look at. ``clipped``: each clips the gradients' norm
+    before it steps, ours within the step, the others by torch's function."""
+    others = (*torch_adamw(), *slow_paths(), *peers())
+    if clipped:
+        others = tuple(c._replace(make=after_clipping(c.make)) for c in others)
+    return {c.name: c for c in (*ours(device, clipped), *others)}
 
 
-def ours(device: str) -> list[Contender]:
+def after_clipping(make: Callable[[list], Any]) -> Callable[[list], Any]:
+    def make_clipping(params):
+        optimizer = make(params)
+        update = optimizer.step
+
+        def step():
+            torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+            update()
+
+        optimizer.step = step
+        return optimizer
+
+    return make_clipping
+
+
+def ours(device: str, clipped: bool) -> list[Contender]:
     auto = backends.choose("auto", torch.device(device))
     expected = backends.PREFERRED.get(device, ("foreach",))
     return [
-        _ours(b, lean, fp, b != auto) for b in (auto, *(b for b in expected if b != auto)) for fp in (0, 1) for lean in (0, 1)
+        _ours(b, lean, fp, b != auto, MAX_GRAD_NORM if clipped else None)
+        for b in (auto, *(b for b in expected if b != auto))
+        for fp in (0, 1)
+        for lean in (0, 1)
     ]
 
 
-def _ours(backend: str, lean: int, fp: int, detail: bool) -> Contender:
-    options = dict(lr=1e-3, weight_decay=WEIGHT_DECAY, lean=bool(lean), backend=backend)
+def _ours(backend: str, lean: int, fp: int, detail: bool, max_grad_norm: float | None) -> Contender:
+    options = dict(lr=1e-3, weight_decay=WEIGHT_DECAY, lean=bool(lean), backend=backend, max_grad_norm=max_grad_norm)
     make = (lambda p: AdaBayesFP(p, **options)) if fp else (lambda p: AdaBayes(p, batch_size=128, **options))
     name = ("AdaBayes-FP" if fp else "AdaBayes") + (" lean" if lean else "")
     judge = "slow path AdaBayes-FP" if fp else "slow path AdaBayes"

@@ -16,22 +16,24 @@ from .timing import Tell
 
 
 class Traffic(NamedTuple):
-    """Bytes a step cannot do without touching: read, changed in place (counted once here), only written."""
+    """Bytes a step cannot do without touching: read, changed in place (counted once here), only written; gradients that had
+    to be read for their norm first."""
 
     read: int
     changed: int
     written: int
+    looked_at: int = 0
 
     @property
     def moved(self) -> int:
-        return self.read + 2 * self.changed + self.written
+        return self.read + 2 * self.changed + self.written + self.looked_at
 
 
-def traffic(optimizer, params: list[Tensor]) -> Traffic:
+def traffic(optimizer, params: list[Tensor], clipped: bool = False) -> Traffic:
     """Gradients are read, weights and state are read and written; ``post_var`` is a result that is only written."""
     written = sum(s["post_var"].nbytes for s in optimizer.state.values() if isinstance(s, dict) and "post_var" in s)
     grads, weights = sum(p.grad.nbytes for p in params), sum(p.nbytes for p in params)
-    return Traffic(grads, weights + state_bytes(optimizer) - written, written)
+    return Traffic(grads, weights + state_bytes(optimizer) - written, written, grads if clipped else 0)
 
 
 def state_bytes(optimizer) -> int:
@@ -79,9 +81,9 @@ def peak_extra(step, device: str) -> int:
     return peak
 
 
-def figures(optimizer, params: list[Tensor], device: str) -> Row:
+def figures(optimizer, params: list[Tensor], device: str, clipped: bool = False) -> Row:
     return dict(
-        moved_bytes=traffic(optimizer, params).moved,
+        moved_bytes=traffic(optimizer, params, clipped).moved,
         state_bytes=state_bytes(optimizer),
         parameter_bytes=sum(p.nbytes + p.grad.nbytes for p in params),
         peak_extra_bytes=peak_extra(optimizer.step, device),
@@ -98,7 +100,7 @@ def measure(name: str, options: Namespace, tell: Tell) -> list[Row]:
         optimizer = contender.make(params)
         for _ in range(3):  # state, and what is compiled for later steps
             optimizer.step()
-        return figures(optimizer, params, case.device)
+        return figures(optimizer, params, case.device, case.clipped)
 
     for n, found in case.each(of, tell, "memory of").items():
         case.rows[n] |= found

@@ -59,18 +59,22 @@ NETWORKS = {
     "llama1b": ("Llama, 1.2 B", llama_1b),
 }
 LISTS = ["24x1M", "1000x16", "10000x16"]
+CLIPPED = "clipped"
 QUICK = ["1x4M", "resnet34", "1000x16"]
 
 
 def default_cases(device: str) -> list[str]:
     if device == "cpu":
-        return ["1x32M", *NETWORKS, *LISTS]
-    return ["1x256M", *NETWORKS, *LISTS, "1x256M:bfloat16", "gpt2:bfloat16", "llama1b:bfloat16"]
+        return ["1x32M", "1x32M:clipped", *NETWORKS, *LISTS]
+    return ["1x256M", "1x256M:clipped", *NETWORKS, *LISTS, "1x256M:bfloat16", "gpt2:bfloat16", "llama1b:bfloat16"]
 
 
-def case_of(name: str) -> tuple[str, list[Shape], torch.dtype]:
-    """Title, shapes and dtype of a case: a network's name, or "24x1M" for 24 tensors of a million; ":bfloat16" may follow."""
-    body, _, dtype_name = name.partition(":")
+def case_of(name: str) -> tuple[str, list[Shape], torch.dtype, bool]:
+    """Title, shapes and dtype of a case, and whether the gradients' norm is clipped before each step: a network's name, or
+    "24x1M" for 24 tensors of a million; ":bfloat16" and ":clipped" may follow."""
+    body, *words = name.split(":")
+    clipped = CLIPPED in words
+    dtype_name = "".join(word for word in words if word != CLIPPED)
     dtype = getattr(torch, dtype_name or "float32", None)
     if body in NETWORKS:
         title, shapes = NETWORKS[body][0], NETWORKS[body][1]()
@@ -80,8 +84,8 @@ def case_of(name: str) -> tuple[str, list[Shape], torch.dtype]:
         tensors = "one tensor" if len(shapes) == 1 else f"{len(shapes):,} tensors"
         title = f"{tensors} of {short(shapes[0][0])}" if shapes else ""
     if not shapes or dtype not in (torch.float64, torch.float32, torch.bfloat16):
-        raise ValueError(f"no case {name!r} (allowed: {', '.join(NETWORKS)}, or 24x1M and the like; then :bfloat16, say)")
-    return title + (f", {dtype_name}" if dtype_name else ""), shapes, dtype
+        raise ValueError(f"no case {name!r} (allowed: {', '.join(NETWORKS)}, or 24x1M and the like; then :bfloat16, say, or :clipped)")
+    return title + (f", {dtype_name}" if dtype_name else "") + (", gradients clipped" if clipped else ""), shapes, dtype, clipped
 
 
 def short(n: int) -> str:

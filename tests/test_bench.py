@@ -40,7 +40,7 @@ def rows_of(*names, cases="3x100", **others):
      ("24x1M", 24, 24_000_000), ("1000x16", 1000, 16_000), ("1x256M:bfloat16", 1, 256_000_000)],
 )  # fmt: skip
 def test_shapes_are_the_networks(name, tensors, parameters):
-    _, found, dtype = shapes.case_of(name)
+    _, found, dtype, _ = shapes.case_of(name)
     assert (len(found), shapes.count(found)) == (tensors, parameters)
     assert dtype == (torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
 

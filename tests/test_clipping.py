@@ -7,7 +7,7 @@ import torch
 from runs import FUSED
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
-SHAPES = [(300, 70), (5,), (), (0, 3), (16, 16), (2, 3, 4)]
+SHAPES = [(60, 70), (5,), (), (0, 3), (16, 16), (2, 3, 4)]
 
 
 def make_params(device, dtypes=(torch.float32,)):
