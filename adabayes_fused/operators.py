@@ -49,7 +49,6 @@ def _make_ready(name: str) -> None:
     """Runs while ``step`` is traced: state that is missing is made, each tensor of it in memory of its own (the compiler
     copies what shares memory), and step counts go to the parameters' devices."""
     optimizer = _optimizers[name]
-    optimizer._param_lists = [group["params"] for group in optimizer.param_groups]
     for p in (p for params in optimizer._param_lists for p in params):
         optimizer._counted_on_device |= p.device.type != "cpu"
         if p.grad is not None and not optimizer.state[p]:

@@ -56,6 +56,11 @@ class _FusedOptimizer(Optimizer):
         complete_group(self.algorithm, group)
         super().add_param_group(group)
         self.param_groups[-1]["params"] = list(dict.fromkeys(self.param_groups[-1]["params"]))  # torch has warned of doubles
+        self._list_parameters()
+
+    def _list_parameters(self) -> None:
+        """For torch.compile, which would take every number in ``param_groups`` for a constant."""
+        self._param_lists = [group["params"] for group in self.param_groups]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -74,6 +79,7 @@ class _FusedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             complete_group(self.algorithm, group)
+        self._list_parameters()
 
     @property
     def state(self):

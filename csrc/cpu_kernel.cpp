@@ -89,28 +89,29 @@ void update_range(const Bucket& bucket, const Row& row, int64_t begin, int64_t e
 }
 
 // Sixteen sums side by side, whatever the registers: every instruction set adds in the same order.
-constexpr int kLanes = 16;
-template <class T> struct Lanes { typedef T type __attribute__((vector_size(kLanes * sizeof(T)))); };
+constexpr int kWide = 4, kSums = 4;
+template <class T> struct Wide { typedef T type __attribute__((vector_size(kWide * sizeof(T)))); };
 
 template <class T>
 double squares(DType dtype, int64_t address, int64_t begin, int64_t end) {
-  typename Lanes<double>::type sums = {};
+  typename Wide<double>::type sums[kSums] = {};
   T grad_block[kBlock];
-  double sum = 0;
+  double rest = 0;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, end - i));
     const T* grad = read(dtype, address, i, n, grad_block);
     int k = 0;
-    for (; k + kLanes <= n; k += kLanes) {
-      typename Lanes<T>::type narrow;
-      memcpy(&narrow, grad + k, sizeof(narrow));
-      const auto g = __builtin_convertvector(narrow, typename Lanes<double>::type);
-      sums += g * g;
-    }
-    for (; k < n; ++k) sum += double(grad[k]) * double(grad[k]);
+    for (; k + kSums * kWide <= n; k += kSums * kWide)
+      for (int s = 0; s < kSums; ++s) {
+        typename Wide<T>::type loaded;
+        memcpy(&loaded, grad + k + s * kWide, sizeof(loaded));
+        const auto g = __builtin_convertvector(loaded, typename Wide<double>::type);
+        sums[s] += g * g;
+      }
+    for (; k < n; ++k) rest += double(grad[k]) * double(grad[k]);
   }
-  for (int k = 0; k < kLanes; ++k) sum += sums[k];
-  return sum;
+  const auto sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return rest + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 }  // namespace

@@ -343,6 +343,50 @@ void chunks() {
   });
 }
 
+// --- Sums of squares: against long double, the same bits for every instruction set and number of threads ---
+
+double by_threads(const Job& job, const std::vector<Row>& rows) {
+  double sum = 0;
+  const std::vector<int64_t> blocks = chunk_map(rows);
+  with_dtype(job.grad, [&](auto grad) {
+    for (size_t block = 0; block < blocks.size(); ++block)
+      for (int thread = 0; thread < kThreads; ++thread)
+        sum += sum_of_squares<typename decltype(grad)::type>(rows.data(), blocks.data(), int64_t(block), thread, kThreads);
+  });
+  return sum;
+}
+
+void squares() {
+  const std::vector<int64_t> sizes = {0, 1, 15, 16, 17, 0, 511, 512, 513, 131071, 131073, 40001, 2 * kChunk + 5, 3};
+  const auto shift = [](size_t k, int) { return int(k) % 3; };
+  for (DType grad : kDTypes) {
+    Job job = make_job(0, DType::f32, grad, sizes, shift);
+    long double expected = 0;
+    for (auto& streams : job.tensors)
+      for (int64_t i = 0; i < streams[1].numel; ++i) {
+        if (!std::isfinite(streams[1].get(i))) streams[1].set(i, grad == DType::f16 ? 6e4 : 1e30);
+        expected += (long double)streams[1].get(i) * streams[1].get(i);
+      }
+    const std::vector<Row> rows = rows_of(job, true);
+    const Bucket bucket = bucket_of(job, true, rows);
+    const double first = sum_of_squares_cpu(bucket, 1, cpu_isas()[0]);
+    context = "grad dtype " + std::to_string(int(grad));
+    CHECK_NEAR(first, double(expected));
+    CHECK_NEAR(by_threads(job, rows), double(expected));
+    for (const std::string& isa : cpu_isas())
+      for (int threads : {1, 2, 3}) CHECK(sum_of_squares_cpu(bucket, threads, isa), first);
+    for (double bad : {kInf, -kInf, std::nan("")})
+      for (size_t k : {1, 4, 8, 10}) {
+        Tensor& tensor = job.tensors[k][1];
+        const double good = tensor.get(tensor.numel - 1);
+        tensor.set(tensor.numel - 1, bad);
+        CHECK(double(std::isfinite(sum_of_squares_cpu(bucket, 2, cpu_isas()[0]))), 0);
+        CHECK(double(std::isfinite(by_threads(job, rows))), 0);
+        tensor.set(tensor.numel - 1, good);
+      }
+  }
+}
+
 // --- The last elements of tensors of 2^33: their addresses are real, those of the rest never used ---
 
 void large() {
@@ -367,7 +411,7 @@ void large() {
 }
 
 struct Case { const char* name; void (*run)(); };
-constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"large", large}};
+constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"squares", squares}, {"large", large}};
 
 }  // namespace
 
