@@ -20,7 +20,13 @@ from .collect import collect
 from .gather import Item
 from .slabs import Slabs
 
-_RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")  # outside the groups: a checkpoint must not change it
+_RUN_POLICY = (
+    "backend",
+    "lean",
+    "fused_unscale",
+    "max_grad_norm",
+    "skip_nonfinite",
+)  # outside the groups: a checkpoint must not change it
 
 
 class _FusedOptimizer(Optimizer):

@@ -32,7 +32,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder; default: bench/results/DATE-DEVICE")
     parser.add_argument("--overwrite", action="store_true", help="even if the folder holds results")
     parser.add_argument(
-        "--cases", nargs="+", metavar="CASE", help=f"{', '.join(shapes.NETWORKS)}, or 24x1M and the like; :bfloat16 and :clipped may follow"
+        "--cases",
+        nargs="+",
+        metavar="CASE",
+        help=f"{', '.join(shapes.NETWORKS)}, or 24x1M and the like; :bfloat16 and :clipped may follow",
     )
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these alone, beside torch's fused AdamW")
     parser.add_argument("--rounds", type=int, default=100, help="at most so many turns of each contender")

@@ -84,7 +84,9 @@ def case_of(name: str) -> tuple[str, list[Shape], torch.dtype, bool]:
         tensors = "one tensor" if len(shapes) == 1 else f"{len(shapes):,} tensors"
         title = f"{tensors} of {short(shapes[0][0])}" if shapes else ""
     if not shapes or dtype not in (torch.float64, torch.float32, torch.bfloat16):
-        raise ValueError(f"no case {name!r} (allowed: {', '.join(NETWORKS)}, or 24x1M and the like; then :bfloat16, say, or :clipped)")
+        raise ValueError(
+            f"no case {name!r} (allowed: {', '.join(NETWORKS)}, or 24x1M and the like; then :bfloat16, say, or :clipped)"
+        )
     return title + (f", {dtype_name}" if dtype_name else "") + (", gradients clipped" if clipped else ""), shapes, dtype, clipped
 
 
