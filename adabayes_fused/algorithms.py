@@ -122,6 +122,11 @@ def _within(value: Any, low: float, high: float, what: str, allowed: str) -> Non
         raise ValueError(f"Invalid {what}: {value} (allowed: {allowed})")
 
 
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ValueError or TypeError for what is not a number >= 1."""
+    _within(batch_size, 1.0, math.inf, "batch_size", "a number >= 1: the examples the mean loss of one step averages over")
+
+
 def check_group(algorithm: Algorithm, group: Group) -> None:
     """Raises ValueError or TypeError for a hyper-parameter out of its range; wording begins as torch.optim's."""
     inf = math.inf
@@ -137,7 +142,7 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
             raise TypeError(f"Invalid {flag} value: {group[flag]!r} (allowed: True or False)")
     batch_size = group["batch_size"]
     if batch_size is not None:
-        _within(batch_size, 1.0, inf, "batch_size", "a number >= 1: the examples the mean loss of one step averages over")
+        check_batch_size(batch_size)
     if algorithm is ADABAYES_FP:
         _within(group["eps"], 0.0, inf, "epsilon value", "a finite number >= 0")
         return

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from . import backends, checkpoint
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_step, complete_group
 from .backends import native
 from .collect import collect
 from .slabs import Slabs
@@ -50,6 +50,35 @@ class _FusedOptimizer(Optimizer):
         complete_group(self.algorithm, group)
         super().add_param_group(group)
         self.param_groups[-1]["params"] = list(dict.fromkeys(self.param_groups[-1]["params"]))  # torch has warned of doubles
+
+    def set_batch_size(self, n: float | Tensor) -> None:
+        """Tells every group how many examples the mean loss of the next steps averages over::
+
+            for images, labels in loader:  # the last batch is smaller
+                optimizer.set_batch_size(len(images))
+
+            for micro_batches in loader:  # several backward passes a step, in each of several processes
+                optimizer.set_batch_size(sum(map(len, micro_batches)) * processes)
+
+        It takes effect at the next step and sets the noise of its gradients; the unit of the variances under
+        ``variance_follows_lr=False``, the first sigma^2, stays.
+
+        Args:
+            n: a number >= 1, or a one-element tensor, which is read once. A group whose ``batch_size`` is a tensor has it
+                written in place, so that a captured step sees it.
+
+        Raises: ValueError or TypeError, as a group with this batch_size would; nothing has changed then.
+        """
+        if isinstance(n, Tensor) and n.numel() == 1:
+            n = n.item()
+        check_batch_size(n)
+        for group in self.param_groups:
+            check_step(self.algorithm, {**group, "batch_size": n})
+        for group in self.param_groups:
+            if isinstance(group["batch_size"], Tensor):
+                group["batch_size"].fill_(n)
+            else:
+                group["batch_size"] = n
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
