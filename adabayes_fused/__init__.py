@@ -1,6 +1,8 @@
 """Fused AdaBayes: optimizers that filter each weight's optimum, one memory sweep and one launch a step."""
 
 from ._version import __version__
+from .diagnostics import Diagnosis, Diagnostics, diagnostics
 from .optimizer import AdaBayes, AdaBayesFP
+from .posterior import Posterior, posterior
 
-__all__ = ["AdaBayes", "AdaBayesFP", "__version__"]
+__all__ = ["AdaBayes", "AdaBayesFP", "Diagnosis", "Diagnostics", "Posterior", "diagnostics", "posterior", "__version__"]

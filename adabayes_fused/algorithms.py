@@ -48,17 +48,23 @@ def _common(group: Group, step: Any, grad_factor: Any) -> tuple[Any, ...]:
     return sign * grad_factor, 1.0 - beta1, 1.0 - beta2, 1.0 - group["lr"] * group["weight_decay"]
 
 
+def variance_units(group: Group) -> tuple[Any, Any]:
+    """(unit, prior): a stored variance of 1 is ``unit`` in the paper's units, and sigma^2, Eq. 22 under the schedule, is
+    ``prior`` in units of it. Floats or 0-dim tensors, as the group's are."""
+    sigma_sq = group["lr"] * group["r"] / group["batch_size"]
+    if group.get("variance_follows_lr", True):
+        return sigma_sq, 1.0
+    return group["first_prior"], sigma_sq / group["first_prior"]  # the literal s, in units of the first sigma^2
+
+
 def adabayes_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) -> tuple[Any, ...]:
     """Algorithm 1's numbers at step count ``step`` (1 at the first), gradients being multiplied by ``grad_factor`` first.
 
     Works on floats and, for capturable steps, on 0-dim or 1-dim float64 tensors alike.
     """
     lr, r, batch_size = group["lr"], group["r"], group["batch_size"]
-    prior = lr * r / batch_size  # sigma^2, Eq. 22 under the schedule
-    if group["variance_follows_lr"]:
-        unit, drift_unit = prior, 1.0
-    else:  # the literal s, in units of the first sigma^2; lr = 0 freezes it
-        unit, drift_unit = group["first_prior"] * (lr != 0), prior / group["first_prior"]
+    unit, drift_unit = variance_units(group)
+    unit = unit * (lr != 0)  # lr = 0 freezes the literal variance too
     kappa = lr * batch_size / r  # eta^2 / sigma^2
     if group["transition"] == "paper":  # (1 - kappa/2)^2 s + eta^2, Eq. 16b
         drift, forget = kappa, kappa * (1.0 - kappa / 4.0)
@@ -122,6 +128,11 @@ def _within(value: Any, low: float, high: float, what: str, allowed: str) -> Non
         raise ValueError(f"Invalid {what}: {value} (allowed: {allowed})")
 
 
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ValueError or TypeError for what is not a number >= 1."""
+    _within(batch_size, 1.0, math.inf, "batch_size", "a number >= 1: the examples the mean loss of one step averages over")
+
+
 def check_group(algorithm: Algorithm, group: Group) -> None:
     """Raises ValueError or TypeError for a hyper-parameter out of its range; wording begins as torch.optim's."""
     inf = math.inf
@@ -137,7 +148,7 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
             raise TypeError(f"Invalid {flag} value: {group[flag]!r} (allowed: True or False)")
     batch_size = group["batch_size"]
     if batch_size is not None:
-        _within(batch_size, 1.0, inf, "batch_size", "a number >= 1: the examples the mean loss of one step averages over")
+        check_batch_size(batch_size)
     if algorithm is ADABAYES_FP:
         _within(group["eps"], 0.0, inf, "epsilon value", "a finite number >= 0")
         return

@@ -13,20 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, clipping, operators
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
 from .collect import collect
 from .gather import Item
 from .slabs import Slabs
 
-_RUN_POLICY = (
-    "backend",
-    "lean",
-    "fused_unscale",
-    "max_grad_norm",
-    "skip_nonfinite",
-)  # outside the groups: a checkpoint must not change it
+# Outside the groups: a checkpoint must not change it.
+_RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")
 
 
 class _FusedOptimizer(Optimizer):
@@ -67,6 +62,35 @@ class _FusedOptimizer(Optimizer):
     def _list_parameters(self) -> None:
         """For torch.compile, which would take every number in ``param_groups`` for a constant."""
         self._param_lists = [group["params"] for group in self.param_groups]
+
+    def set_batch_size(self, n: float | Tensor) -> None:
+        """Tells every group how many examples the mean loss of the next steps averages over::
+
+            for images, labels in loader:  # the last batch is smaller
+                optimizer.set_batch_size(len(images))
+
+            for micro_batches in loader:  # several backward passes a step, in each of several processes
+                optimizer.set_batch_size(sum(map(len, micro_batches)) * processes)
+
+        It takes effect at the next step and sets the noise of its gradients; the unit of the variances under
+        ``variance_follows_lr=False``, the first sigma^2, stays.
+
+        Args:
+            n: a number >= 1, or a one-element tensor, which is read once. A group whose ``batch_size`` is a tensor has it
+                written in place, so that a captured step sees it.
+
+        Raises: ValueError or TypeError, as a group with this batch_size would; nothing has changed then.
+        """
+        if isinstance(n, Tensor) and n.numel() == 1:
+            n = n.item()
+        check_batch_size(n)
+        for group in self.param_groups:
+            check_step(self.algorithm, {**group, "batch_size": n})
+        for group in self.param_groups:
+            if isinstance(group["batch_size"], Tensor):
+                group["batch_size"].fill_(n)
+            else:
+                group["batch_size"] = n
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
