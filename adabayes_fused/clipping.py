@@ -6,7 +6,7 @@ One reduction over the gradients (each backend's ``sum_of_squares``); the factor
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from torch import Tensor
 from . import backends
 from .backends.launch import Launch
 
+if TYPE_CHECKING:
+    from .optimizer import _FusedOptimizer
+
 EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
-def reads_gradients_first(optimizer) -> bool:
+def reads_gradients_first(optimizer: _FusedOptimizer) -> bool:
     return optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
 
 
@@ -38,7 +41,7 @@ class Scaling(NamedTuple):
     on_device: bool = False
 
 
-def decide(optimizer, launches: list[Launch], scaling: Scaling) -> tuple[Any, Tensor | None] | None:
+def decide(optimizer: _FusedOptimizer, launches: list[Launch], scaling: Scaling) -> tuple[Any, Tensor | None] | None:
     """The factor of all gradients of these launches and ``found_inf`` after having looked at them; None where the host
     has seen that they are not finite, and that skips the step."""
     grad_scale, found_inf, on_device = scaling
@@ -46,7 +49,7 @@ def decide(optimizer, launches: list[Launch], scaling: Scaling) -> tuple[Any, Te
         grad_scale = wide(grad_scale)
     if not reads_gradients_first(optimizer):
         return 1.0 / grad_scale, found_inf
-    total = square_sum(optimizer, launches)
+    total: Any = square_sum(optimizer, launches)
     if isinstance(grad_scale, Tensor):
         grad_scale = grad_scale.to(total.device, non_blocking=True)
     if not on_device:
@@ -65,11 +68,12 @@ def wide(t: Tensor) -> Tensor:
     return t.detach().reshape(()).to(torch.float32 if t.device.type == "mps" else torch.float64)
 
 
-def square_sum(optimizer, launches: list[Launch]) -> Tensor:
+def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
     """The sum of all squared gradients as they are: 0-dim, float64, on an accelerator if any launch is on one."""
-    sums = [backends.of(optimizer.backend, launch.device).sum_of_squares(launch) for launch in launches]
-    home = next((s for s in sums if s.device.type != "cpu"), torch.zeros((), dtype=torch.float64, device="cpu"))
-    return sum((s.to(home, non_blocking=True) for s in sums), torch.zeros_like(home))
+    sums: list[Tensor] = [backends.of(optimizer.backend, launch.device).sum_of_squares(launch) for launch in launches]
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    home = next((s for s in sums if s.device.type != "cpu"), zero)
+    return torch.stack([s.to(home, non_blocking=True) for s in (zero, *sums)]).sum()
 
 
 def norm_and_factor(total: Any, grad_scale: Any, max_grad_norm: float | None) -> tuple[Any, Any]:

@@ -94,7 +94,9 @@ def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
 
 def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
     """A step count of its own: a 0-dim float32 tensor."""
-    return slabs.empty((), (), torch.float32, device).copy_(step_tensor(value, device))
+    step = slabs.empty((), (), torch.float32, device)
+    assert step is not None  # small as it is
+    return step.copy_(step_tensor(value, device))
 
 
 def new_state(algorithm: Algorithm, lean: bool, p: Tensor, step_device: torch.device, slabs: Slabs) -> dict[str, Tensor]:

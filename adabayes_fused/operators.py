@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import weakref
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .gather import Item, new_state, step_tensor
 
-_optimizers: weakref.WeakValueDictionary[str, torch.optim.Optimizer] = weakref.WeakValueDictionary()
+if TYPE_CHECKING:
+    from .optimizer import _FusedOptimizer
+
+_optimizers: weakref.WeakValueDictionary[str, _FusedOptimizer] = weakref.WeakValueDictionary()
 _numbers = count()
 
 
-def register(optimizer) -> str:
+def register(optimizer: _FusedOptimizer) -> str:
     """A name by which ``step_`` finds the optimizer, for as long as it lives."""
     name = f"{type(optimizer).__name__} {next(_numbers)}"
     _optimizers[name] = optimizer
@@ -40,11 +44,11 @@ def step_(params: list[Tensor], grads: list[Tensor], state: list[Tensor], groups
 
 
 @step_.register_fake
-def _(params, grads, state, groups, optimizer) -> None:
+def _(params: list[Tensor], grads: list[Tensor], state: list[Tensor], groups: list[int], optimizer: str) -> None:
     pass
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _make_ready(name: str) -> None:
     """Runs while ``step`` is traced: state that is missing is made, each tensor of it in memory of its own (the compiler
     copies what shares memory), and step counts go to the parameters' devices."""
@@ -62,7 +66,7 @@ def _make_ready(name: str) -> None:
             entry[key] = value
 
 
-def trace(optimizer) -> None:
+def trace(optimizer: _FusedOptimizer) -> None:
     """``optimizer.step`` as torch.compile traces it."""
     _make_ready(optimizer._name)
     names = ("step", *optimizer.algorithm.stored(optimizer.lean))

@@ -11,10 +11,13 @@ State per parameter, shaped like it (float32, or float64 for float64 parameters)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
 
@@ -24,13 +27,13 @@ __all__ = ["AdaBayes", "AdaBayesFP"]
 class _Reference(Optimizer):
     algorithm: Algorithm
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **param_group}
         complete_group(self.algorithm, group)
         super().add_param_group(group)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters with a gradient. Returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:
@@ -43,11 +46,13 @@ class _Reference(Optimizer):
                     self._update(p, p.grad, self.state[p], group)
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     @staticmethod
-    def _moments(p: Tensor, grad: Tensor, state: dict, group: dict, batch_size: float) -> tuple[Tensor, float, float]:
+    def _moments(
+        p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], batch_size: float
+    ) -> tuple[Tensor, float, float]:
         """m and v; returns g and the divisors that make <g> = m / (1 - beta1^t) and <g^2> = v / (1 - beta2^t)."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         if not state:
@@ -66,7 +71,7 @@ class _Reference(Optimizer):
         return g, 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
 
     @staticmethod
-    def _weights(p: Tensor, state: dict, weight_decay: float, debias1: float) -> None:
+    def _weights(p: Tensor, state: dict[str, Any], weight_decay: float, debias1: float) -> None:
         """mu <- (1 - lambda) mu - sigma^2_post <g>"""
         if p.dtype == state["exp_avg"].dtype:
             p.mul_(1 - weight_decay).addcmul_(state["post_var"], state["exp_avg"], value=-1 / debias1)
@@ -81,17 +86,17 @@ class AdaBayes(_Reference):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         *,
-        batch_size,
-        sgd_lr=0.1,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        transition="paper",
-        variance_follows_lr=True,
-        maximize=False,
-    ):
+        batch_size: float,
+        sgd_lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.05,
+        transition: str = "paper",
+        variance_follows_lr: bool = True,
+        maximize: bool = False,
+    ) -> None:
         super().__init__(
             params,
             dict(
@@ -107,7 +112,7 @@ class AdaBayes(_Reference):
             ),
         )
 
-    def _update(self, p, grad, state, group):
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         eta, batch_size = float(group["lr"]), float(group["batch_size"])
         sigma_sq = eta * float(group["r"]) / batch_size  # eta_SGD / minibatch size; eta_SGD follows the schedule of eta
         g, debias1, _ = self._moments(p, grad, state, group, batch_size)
@@ -139,8 +144,17 @@ class AdaBayesFP(_Reference):
     algorithm = ADABAYES_FP
 
     def __init__(
-        self, params, lr=1e-3, *, sgd_lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, batch_size=None, maximize=False
-    ):
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        sgd_lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+        batch_size: float | None = None,
+        maximize: bool = False,
+    ) -> None:
         super().__init__(
             params,
             dict(
@@ -155,7 +169,7 @@ class AdaBayesFP(_Reference):
             ),
         )
 
-    def _update(self, p, grad, state, group):
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         eta, batch_size = float(group["lr"]), float(group["batch_size"] or 1)  # the batch size cancels in the weights
         sigma_sq = eta * float(group["r"]) / batch_size
         _, debias1, debias2 = self._moments(p, grad, state, group, batch_size)

@@ -7,7 +7,7 @@ a few, and one look at a slab tells whether the memory of all that lies in it ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Slabs:
         self._open: dict[tuple[torch.dtype, torch.device, int], tuple[Tensor, int]] = {}  # slab, elements taken
         self._sweep_at = 64
 
-    def empty(self, shape, strides, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """A tensor in a slab; None if it is too large, or empty. The strides must leave no gaps."""
         numel = math.prod(shape)
         if not 0 < numel * dtype.itemsize <= SLAB:

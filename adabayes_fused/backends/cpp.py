@@ -31,8 +31,10 @@ def chosen_isa(forced: str | None) -> str:
 
 def _table(launch: Launch) -> tuple[int, Tensor | None]:
     """The address of the rows, and what holds them."""
-    rows = None if launch.address else launch.rows()
-    return launch.address or rows.data_ptr(), rows
+    if launch.address:
+        return launch.address, None
+    rows = launch.rows()
+    return rows.data_ptr(), rows
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
@@ -44,10 +46,11 @@ def sum_of_squares(launch: Launch) -> Tensor:
 
 def prepare(launch: Launch) -> Callable[[], None]:
     address, rows = _table(launch)
+    coefficients = launch.known_coefficients()
     isa = chosen_isa(os.environ.get(ISA_VARIABLE))
 
-    def run(rows=rows) -> None:  # holds on to the rows it reads
+    def run(_held: Tensor | None = rows) -> None:  # the rows it reads
         if launch.found_inf is None or not launch.found_inf.item():
-            native.module.run_cpu(*native.bucket(launch, address, launch.coefficients.data_ptr()), torch.get_num_threads(), isa)
+            native.module.run_cpu(*native.bucket(launch, address, coefficients.data_ptr()), torch.get_num_threads(), isa)
 
     return run

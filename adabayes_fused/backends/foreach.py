@@ -5,12 +5,16 @@ but for the last one in AdaBayes-FP on CPUs, where ``torch.sqrt`` is not correct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .launch import Launch
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+Scalars = Sequence[Any]  # numbers, or 0-dim tensors on the device
 
 BLOCK_NUMEL = 1 << 22  # so many elements, or one tensor, have temporaries at a time
 
@@ -19,7 +23,15 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def adabayes(c, grad, param, exp_avg, prior_var, exp_avg_sq=None, post_var=None) -> None:
+def adabayes(
+    c: Scalars,
+    grad: Tensors,
+    param: Tensors,
+    exp_avg: Tensors,
+    prior_var: Tensors,
+    exp_avg_sq: Tensors | None = None,
+    post_var: Tensors | None = None,
+) -> None:
     grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift = c
     g = torch._foreach_mul(grad, grad_scale)
     g_sq = torch._foreach_mul(g, g)
@@ -42,7 +54,9 @@ def adabayes(c, grad, param, exp_avg, prior_var, exp_avg_sq=None, post_var=None)
         torch._foreach_copy_(post_var, post)
 
 
-def adabayes_fp(c, grad, param, exp_avg, exp_avg_sq, post_var=None) -> None:
+def adabayes_fp(
+    c: Scalars, grad: Tensors, param: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, post_var: Tensors | None = None
+) -> None:
     grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps = c
     g = torch._foreach_mul(grad, grad_scale)
     g_sq = torch._foreach_mul(g, g)
@@ -63,10 +77,10 @@ def adabayes_fp(c, grad, param, exp_avg, exp_avg_sq, post_var=None) -> None:
         torch._foreach_div_(post_var, denom)
 
 
-RULES = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
+RULES: dict[str, Callable[..., None]] = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
 
 
-def _lerp(average: list[Tensor], value: list[Tensor], weight) -> None:
+def _lerp(average: Tensors, value: Tensors, weight: Any) -> None:
     difference = torch._foreach_sub(value, average)
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(average, difference)
@@ -90,22 +104,23 @@ def prepare(launch: Launch) -> Callable[[], None]:
         for k, tensors in _blocks(launch):
             param, grad, *slots = (list(column) for column in zip(*tensors, strict=True))
             wide = [p.to(state_dtype) for p in param]
-            rule(_coefficients(launch.coefficients[k], state_dtype), [g.to(state_dtype) for g in grad], wide, *slots)
+            rule(_coefficients(launch.known_coefficients()[k], state_dtype), [g.to(state_dtype) for g in grad], wide, *slots)
             if launch.param_dtype != state_dtype:
                 torch._foreach_copy_(param, wide)
 
     return run
 
 
-def _coefficients(row: Tensor, dtype: torch.dtype) -> list:
+def _coefficients(row: Tensor, dtype: torch.dtype) -> Scalars:
     """A row of coefficients, rounded once to the type the rule computes in: numbers, or 0-dim tensors on a device."""
     row = row.to(dtype)
     return row.tolist() if row.device.type == "cpu" else list(row.unbind())
 
 
-def _blocks(launch: Launch):
+def _blocks(launch: Launch) -> Iterator[tuple[int, list[list[Tensor]]]]:
     """Runs of tensors with one row of coefficients and at most BLOCK_NUMEL elements, or one tensor."""
-    block, block_k, numel = [], 0, 0
+    block: list[list[Tensor]] = []
+    block_k = numel = 0
     for k, tensors in sorted(zip(launch.which, launch.tensors, strict=True), key=lambda item: item[0]):
         size = tensors[0].numel()
         if block and (k != block_k or numel + size > BLOCK_NUMEL):

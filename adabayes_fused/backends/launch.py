@@ -42,6 +42,11 @@ class Launch:
     def __len__(self) -> int:
         return self.count or len(self.tensors)
 
+    def known_coefficients(self) -> Tensor:
+        """``coefficients``, which are set before a backend prepares the launch."""
+        assert self.coefficients is not None
+        return self.coefficients
+
     def rows(self) -> Tensor:
         """The table's rows: int64 on the CPU, shape (parameters, 8)."""
         if self.address:

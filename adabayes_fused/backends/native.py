@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..gather import DTYPES
 from .launch import Launch
 
+module: Any
 try:
-    from .. import _native as module
+    from .. import _native  # type: ignore[attr-defined,unused-ignore]
 
-    missing = ""
+    module, missing = _native, ""
 except ImportError as error:
     module = None
     missing = (
@@ -21,7 +24,7 @@ except ImportError as error:
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
 
-def new_batch(slots: tuple[str, ...], device_types: set[str]):
+def new_batch(slots: tuple[str, ...], device_types: set[str]) -> Any:
     """A reader of parameters and state in C++, or None where the module or torch's DLPack exchange API is missing."""
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or api is None or not device_types:

@@ -32,8 +32,8 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
         return launch.uploaded
     rows = launch.rows()
     chunks = _cached_chunk_map(rows[:, 6], chunk)
-    known = launch.coefficients is not None and launch.coefficients.device.type == "cpu"
-    head = launch.coefficients.view(torch.int64).reshape(-1) if known else rows.new_empty(0)
+    known = launch.coefficients if launch.coefficients is not None and launch.coefficients.device.type == "cpu" else None
+    head = known.view(torch.int64).reshape(-1) if known is not None else rows.new_empty(0)
     packed = torch.empty(
         len(head) + rows.numel() + len(chunks), dtype=torch.int64, device="cpu", pin_memory=launch.device.type == "cuda"
     )
@@ -41,8 +41,8 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
     table = packed.to(launch.device, non_blocking=True)
     if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         launch.kept_alive.append(packed)  # the graph copies from it at every replay
-    coefficients, rows, chunks = table.split((len(head), rows.numel(), len(chunks)))
-    if known:
+    coefficients, rows, chunks = torch.split(table, [len(head), rows.numel(), len(chunks)])
+    if known is not None:
         launch.coefficients = coefficients.view(torch.float64)
     launch.uploaded = rows.view(-1, WORDS), chunks
     return launch.uploaded
@@ -50,4 +50,4 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
 
 def coefficients_of(launch: Launch) -> Tensor:
     """The coefficients where the rows are; ``upload`` has been there."""
-    return launch.coefficients.to(launch.device, non_blocking=True)
+    return launch.known_coefficients().to(launch.device, non_blocking=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,13 @@ def unavailable(device: torch.device) -> str | None:
     return f"it updates parameters on a GPU, not on {device}; TRITON_INTERPRET=1 runs it, slowly, on the CPU"
 
 
-def _named(dtype: torch.dtype):
+def _named(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
-def constants(launch: Launch) -> dict:
+def constants(launch: Launch) -> dict[str, Any]:
     """The compile-time arguments of ``multi_tensor`` for a launch."""
     from ..triton_kernels.rules import RULES
 
@@ -56,7 +57,7 @@ def constants(launch: Launch) -> dict:
     )
 
 
-def _on_device(launch: Launch):
+def _on_device(launch: Launch) -> AbstractContextManager[None]:
     return torch.cuda.device(launch.device) if launch.device.type == "cuda" else nullcontext()
 
 
