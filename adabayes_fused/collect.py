@@ -95,7 +95,8 @@ def _prepare(optimizer, positions, on_device: bool, created: list[Tensor]) -> li
     found = [(g, i, optimizer.param_groups[g]["params"][i]) for g, i in positions]
     names = optimizer.algorithm.stored(optimizer.lean)
     state = vars(optimizer)["state"]
-    optimizer._slabs.forget_unused(entry.get(name) for entry in state.values() for name in ("step", *names))
+    entries = (entry for entry in state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
+    optimizer._slabs.forget_unused(entry.get(name) for entry in entries for name in ("step", *names))
     for g, i, p in found:
         check_parameter(p, state.get(p, {}), names, f"parameter {i} of group {g}, shape {tuple(p.shape)},")
         backends.choose(optimizer.backend, p.device)

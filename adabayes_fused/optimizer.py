@@ -49,7 +49,10 @@ class _FusedOptimizer(Optimizer):
             group["lr"] = group["lr"].detach().clone()  # each group's own: schedulers write it in place
         complete_group(self.algorithm, group)
         super().add_param_group(group)
-        self.param_groups[-1]["params"] = list(dict.fromkeys(self.param_groups[-1]["params"]))  # torch has warned of doubles
+        once = dict(zip(group["params"], group.get("param_names", group["params"]), strict=True))  # torch has warned of doubles
+        group["params"] = list(once)
+        if "param_names" in group:
+            group["param_names"] = list(once.values())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
