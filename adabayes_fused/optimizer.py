@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from . import backends, checkpoint
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_group, check_step, complete_group
 from .backends import native
 from .collect import collect
 from .slabs import Slabs
@@ -31,6 +31,7 @@ class _FusedOptimizer(Optimizer):
             if not isinstance(flag, bool):
                 raise TypeError(f"Invalid {name} value: {flag!r} (allowed: True or False)")
         self.backend, self.lean, self.fused_unscale = backend, lean, fused_unscale
+        check_group(self.algorithm, defaults)  # before the parameters are looked at, as torch does
         self._forget_run()
         super().__init__(params, {**defaults, "differentiable": False})
 
@@ -155,9 +156,9 @@ class _FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
 
-        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here. A state of the other of lean
-        and full loads: what is not needed is left out; of what is missing, ``exp_avg_sq`` of AdaBayes starts at zero,
-        with a warning.
+        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here, as does ``maximize`` where an
+        older state_dict lacks it. A state of the other of lean and full loads: what is not needed is left out; of what
+        is missing, ``exp_avg_sq`` of AdaBayes starts at zero, with a warning.
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """

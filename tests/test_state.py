@@ -320,6 +320,16 @@ def test_state_of_no_parameter_beside_many_slabs():
     assert optimizer.state["test"] == 1
 
 
+@pytest.mark.parametrize("lacks", ["maximize", "capturable"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_flag_that_an_older_state_dict_lacks_stays_as_it_is(name, lacks):
+    optimizer = make(name, [torch.nn.Parameter(torch.randn(5))], "auto", maximize=True, capturable=True)
+    older = optimizer.state_dict()
+    del older["param_groups"][0][lacks]
+    optimizer.load_state_dict(older)
+    assert optimizer.param_groups[0][lacks] is True
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_a_saved_small_state_is_small(name):
     p = torch.nn.Parameter(torch.randn(5))
