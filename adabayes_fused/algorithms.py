@@ -106,43 +106,45 @@ ALGORITHMS = (ADABAYES, ADABAYES_FP)
 # --- What a group may say ---------------------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, name: str = "hyper-parameter") -> float | None:
     """``value`` as a float; None for a tensor on an accelerator, which cannot be read without waiting for it."""
     if type(value) is float:  # nearly always, at each step
         return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
-            raise ValueError(f"a tensor hyper-parameter must have one element, given shape {tuple(value.shape)}")
+            raise ValueError(f"Tensor {name} must be 1-element, given shape {tuple(value.shape)}")
         if value.is_complex():
-            raise TypeError(f"a hyper-parameter must be real, given {value!r}")
+            raise TypeError(f"{name} must be real, given {value!r}")
         return float(value) if value.device.type == "cpu" else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"a hyper-parameter must be a number or a one-element tensor, given {value!r}")
+        raise TypeError(f"{name} must be a number or a one-element tensor, given {value!r}")
     return float(value)
 
 
-def _within(value: Any, low: float, high: float, what: str, allowed: str) -> None:
+def _within(value: Any, name: str, low: float, high: float, what: str, allowed: str) -> None:
     """``value`` in [low, high); a NaN is in no range."""
-    number = _number(value)
+    number = _number(value, name)
     if number is not None and not low <= number < high:
         raise ValueError(f"Invalid {what}: {value} (allowed: {allowed})")
 
 
 def check_batch_size(batch_size: Any) -> None:
     """Raises ValueError or TypeError for what is not a number >= 1."""
-    _within(batch_size, 1.0, math.inf, "batch_size", "a number >= 1: the examples the mean loss of one step averages over")
+    allowed = "a number >= 1: the examples the mean loss of one step averages over"
+    _within(batch_size, "batch_size", 1.0, math.inf, "batch_size", allowed)
 
 
 def check_group(algorithm: Algorithm, group: Group) -> None:
     """Raises ValueError or TypeError for a hyper-parameter out of its range; wording begins as torch.optim's."""
     inf = math.inf
-    _within(group["lr"], 0.0, inf, "learning rate", "a finite number >= 0")
+    _within(group["lr"], "lr", 0.0, inf, "learning rate", "a finite number >= 0")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r} (allowed: two numbers, each 0 <= beta < 1)")
     for i, beta in enumerate(betas):
-        _within(beta, 0.0, 1.0, f"beta parameter at index {i}", "0 <= beta < 1")
-    _within(group["weight_decay"], 0.0, inf, "weight_decay value", "a finite number >= 0; lambda is lr * weight_decay")
+        _within(beta, f"betas[{i}]", 0.0, 1.0, f"beta parameter at index {i}", "0 <= beta < 1")
+    allowed = "a finite number >= 0; lambda is lr * weight_decay"
+    _within(group["weight_decay"], "weight_decay", 0.0, inf, "weight_decay value", allowed)
     for flag in ("maximize", "capturable"):
         if not isinstance(group[flag], (bool, int)):
             raise TypeError(f"Invalid {flag} value: {group[flag]!r} (allowed: True or False)")
@@ -150,7 +152,7 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
     if batch_size is not None:
         check_batch_size(batch_size)
     if algorithm is ADABAYES_FP:
-        _within(group["eps"], 0.0, inf, "epsilon value", "a finite number >= 0")
+        _within(group["eps"], "eps", 0.0, inf, "epsilon value", "a finite number >= 0")
         return
     if batch_size is None:
         raise ValueError(
@@ -168,7 +170,7 @@ def check_step(algorithm: Algorithm, group: Group) -> None:
     check_group(algorithm, group)
     if algorithm is not ADABAYES or group["transition"] != "paper":
         return
-    lr, r, batch_size = _number(group["lr"]), _number(group["r"]), _number(group["batch_size"])
+    lr, r, batch_size = _number(group["lr"], "lr"), _number(group["r"], "r"), _number(group["batch_size"], "batch_size")
     if lr is not None and r is not None and batch_size is not None and lr * batch_size > r:
         raise ValueError(
             f"kappa = lr * batch_size / r = {lr:g} * {batch_size:g} / {r:g} = {lr * batch_size / r:g} is above 1: "
@@ -180,7 +182,7 @@ def check_step(algorithm: Algorithm, group: Group) -> None:
 def complete_group(algorithm: Algorithm, group: dict[str, Any]) -> None:
     """Adds what is derived once, when a group is added: ``r`` and, for AdaBayes, ``first_prior``, the first sigma^2."""
     check_group(algorithm, group)
-    lr, sgd_lr = _number_of(group["lr"]), _number_of(group["sgd_lr"])
+    lr, sgd_lr = _number_of(group, "lr"), _number_of(group, "sgd_lr")
     infinite = algorithm is ADABAYES_FP
     allowed = "a number > 0; inf is AdamW" if infinite else "a finite number > 0; AdaBayesFP takes inf too"
     if not (0.0 < sgd_lr < math.inf or infinite and sgd_lr == math.inf):
@@ -192,15 +194,15 @@ def complete_group(algorithm: Algorithm, group: dict[str, Any]) -> None:
                 "Give the group its full lr and let a scheduler start from 0, or give the group r itself."
             )
         group["r"] = math.inf if sgd_lr == math.inf else sgd_lr / lr
-    r = _number_of(group["r"])
+    r = _number_of(group, "r")
     if not (0.0 < r < math.inf or infinite and r == math.inf):
         raise ValueError(f"Invalid r: {group['r']} (allowed: sgd_lr / lr, {allowed})")
     if algorithm is ADABAYES:
-        group.setdefault("first_prior", (lr * r or sgd_lr) / _number_of(group["batch_size"]))
+        group.setdefault("first_prior", (lr * r or sgd_lr) / _number_of(group, "batch_size"))
         check_step(algorithm, group)
 
 
-def _number_of(value: Any) -> float:
-    """``value`` as a float, waiting for an accelerator if it must: for what happens once."""
-    number = _number(value)
-    return float(value) if number is None else number
+def _number_of(group: Group, name: str) -> float:
+    """An option as a float, waiting for an accelerator if it must: for what happens once."""
+    number = _number(group[name], name)
+    return float(group[name]) if number is None else number

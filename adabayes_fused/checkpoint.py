@@ -42,7 +42,7 @@ def hide_state(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_groups(optimizer, groups: list[dict[str, Any]]) -> None:
-    needed = {*optimizer.defaults, "r"} - {"differentiable", "capturable"}
+    needed = {*optimizer.defaults, "r"} - {"differentiable", "capturable", "maximize"}  # as in torch, older ones may lack flags
     for g, group in enumerate(groups):
         missing = sorted(needed - group.keys())
         if missing:
@@ -50,7 +50,7 @@ def _check_groups(optimizer, groups: list[dict[str, Any]]) -> None:
                 f"loaded state dict is not of {type(optimizer).__name__}: its group {g} lacks {', '.join(missing)} "
                 f"(it has {', '.join(sorted(group))})"
             )
-        complete_group(optimizer.algorithm, dict(group))
+        complete_group(optimizer.algorithm, {**optimizer.defaults, **group})
 
 
 def _check_entry(optimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:

@@ -116,7 +116,8 @@ _REFERENCES_OF_ONE = _references(SimpleNamespace(state={}))  # what is counted w
 def _prepare(optimizer, items: list[Item], on_device: bool, created: list[Tensor]) -> list[Prepared]:
     names = optimizer.algorithm.stored(optimizer.lean)
     state = vars(optimizer)["state"]
-    optimizer._slabs.forget_unused(entry.get(name) for entry in state.values() for name in ("step", *names))
+    entries = (entry for entry in state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
+    optimizer._slabs.forget_unused(entry.get(name) for entry in entries for name in ("step", *names))
     for item in items:
         check_item(item, names)
         backends.choose(optimizer.backend, item.param.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, clipping, operators
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_step, complete_group
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
 from .collect import collect
@@ -38,6 +38,7 @@ class _FusedOptimizer(Optimizer):
         clipping.check(**clip)
         self.backend, self.lean, self.fused_unscale = backend, lean, fused_unscale
         self.max_grad_norm, self.skip_nonfinite = clip["max_grad_norm"], clip["skip_nonfinite"]
+        check_group(self.algorithm, defaults)  # before the parameters are looked at, as torch does
         self._forget_run()
         super().__init__(params, {**defaults, "differentiable": False})
 
@@ -56,7 +57,10 @@ class _FusedOptimizer(Optimizer):
             group["lr"] = group["lr"].detach().clone()  # each group's own: schedulers write it in place
         complete_group(self.algorithm, group)
         super().add_param_group(group)
-        self.param_groups[-1]["params"] = list(dict.fromkeys(self.param_groups[-1]["params"]))  # torch has warned of doubles
+        once = dict(zip(group["params"], group.get("param_names", group["params"]), strict=True))  # torch has warned of doubles
+        group["params"] = list(once)
+        if "param_names" in group:
+            group["param_names"] = list(once.values())
         self._list_parameters()
 
     def _list_parameters(self) -> None:
@@ -225,9 +229,9 @@ class _FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
 
-        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here. A state of the other of lean
-        and full loads: what is not needed is left out; of what is missing, ``exp_avg_sq`` of AdaBayes starts at zero,
-        with a warning.
+        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here, as does ``maximize`` where an
+        older state_dict lacks it. A state of the other of lean and full loads: what is not needed is left out; of what
+        is missing, ``exp_avg_sq`` of AdaBayes starts at zero, with a warning.
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """

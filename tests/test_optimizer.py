@@ -318,6 +318,9 @@ def test_a_parameter_twice_in_a_group_steps_once():
     doubled.step()
     make("AdaBayesFP", [q]).step()
     assert torch.equal(p, q)
+    with pytest.warns(UserWarning, match="duplicate"):
+        named = make("AdaBayesFP", [("p", p), ("p", p), ("q", q)])
+    assert named.state_dict()["param_groups"][0]["param_names"] == ["p", "q"]
 
 
 def test_numpy_numbers_are_computed_with_in_float64():

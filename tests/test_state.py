@@ -309,6 +309,27 @@ def test_a_plain_number_as_step_count_beside_many_slabs():
     assert optimizer.state[params[0]]["step"] == 3
 
 
+def test_state_of_no_parameter_beside_many_slabs():
+    params = [torch.nn.Parameter(torch.randn(1000)) for _ in range(40)]
+    optimizer = make("AdaBayes", params[:-1], "auto")
+    optimizer.state["test"] = 1
+    train(optimizer, params, 1, seed=1)
+    optimizer.add_param_group(dict(params=params[-1:]))
+    train(optimizer, params, 1, seed=1)
+    assert optimizer.state[params[-1]]["step"] == 1
+    assert optimizer.state["test"] == 1
+
+
+@pytest.mark.parametrize("lacks", ["maximize", "capturable"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_flag_that_an_older_state_dict_lacks_stays_as_it_is(name, lacks):
+    optimizer = make(name, [torch.nn.Parameter(torch.randn(5))], "auto", maximize=True, capturable=True)
+    older = optimizer.state_dict()
+    del older["param_groups"][0][lacks]
+    optimizer.load_state_dict(older)
+    assert optimizer.param_groups[0][lacks] is True
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_a_saved_small_state_is_small(name):
     p = torch.nn.Parameter(torch.randn(5))
