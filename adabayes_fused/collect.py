@@ -48,6 +48,8 @@ def collect(optimizer, grad_scale: Any, found_inf: Any, on_device: bool) -> Call
 def _collect(optimizer, batch, grad_scale, found_inf, on_device, created) -> Callable[[], None]:
     positions = _unread(optimizer) if batch is None else _read(optimizer, batch)
     prepared = _prepare(optimizer, positions, on_device, created) if positions else []
+    if created and _only_makes_state(optimizer, prepared, created):
+        return lambda: None
     by_tensor = [
         p for p in prepared if batch is None or not batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
     ]
@@ -69,6 +71,18 @@ def _collect(optimizer, batch, grad_scale, found_inf, on_device, created) -> Cal
                 batch.release()
 
     return run
+
+
+def _only_makes_state(optimizer, prepared: list[Prepared], created: list[Tensor]) -> bool:
+    """Whether all state is new, every ``lr`` is 0 and every gradient zero: torch.distributed.checkpoint's step for the sake of
+    the state (``_init_optim_state``). It updates nothing and is not counted. Asked where state is made, and waits for an
+    accelerator only at ``lr = 0``."""
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
+        return False
+    if len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return not any(p.tensors[1].any() for p in prepared)
 
 
 def _unread(optimizer) -> list[tuple[int, int]]:

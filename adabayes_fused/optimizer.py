@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from . import backends, checkpoint
+from . import backends, checkpoint, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
 from .backends import native
 from .collect import collect
@@ -152,24 +152,24 @@ class _FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
 
-        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here. A state of the other of lean
-        and full loads: what is not needed is left out; of what is missing, ``exp_avg_sq`` of AdaBayes starts at zero,
-        with a warning.
+        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here, and so does an option that the
+        saved groups lack. A state of the other of lean and full loads: what is not needed is left out; of what is missing,
+        ``exp_avg_sq`` of AdaBayes starts at zero, with a warning. An ``lr`` (or other option of a step) that is a tensor
+        here stays that tensor, with the loaded value; so do the state tensors of groups with ``capturable``.
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
-        capturable = [group["capturable"] for group in self.param_groups]
+        before = self.state, self.param_groups
 
         def restore(optimizer) -> None:
-            for group, kept in zip(optimizer.param_groups, capturable, strict=True):
-                group["capturable"] = kept
-            checkpoint.restore_state(optimizer)
+            nonlocal before
+            checkpoint.restore(optimizer, *before)
+            before = optimizer.state, optimizer.param_groups  # a hook of the user's that fails after this undoes nothing
 
         hooks = [
             self.register_load_state_dict_pre_hook(checkpoint.hide_state),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
-        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
         except BaseException:
@@ -178,6 +178,20 @@ class _FusedOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def load_adam_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from where torch.optim.Adam or AdamW stopped: takes over the averages and step counts of its ``state_dict``.
+
+        The options stay as they are here; the same ``betas`` keep the averages unbiased. AdaBayesFP goes on as if it had been
+        trained so far, with ``sgd_lr=inf`` as AdamW would have. AdaBayes starts its variances from the fixed point that the
+        averaged squared gradients imply (Eq. 20). ``max_exp_avg_sq`` (amsgrad) is left out, with a warning.
+
+        Args:
+            state_dict: of an Adam or AdamW over the same parameters in groups of the same lengths.
+
+        Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
+        """
+        self.load_state_dict(warm_start.from_adam(self, state_dict))
 
 
 class AdaBayes(_FusedOptimizer):
