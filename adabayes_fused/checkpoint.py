@@ -100,7 +100,6 @@ def restore(optimizer, state_before: dict[Tensor, Any], groups_before: list[dict
         for name in SCALARS:
             if isinstance(before.get(name), Tensor) and group.get(name) is not None:
                 group[name] = _stays(before[name], torch.full_like(before[name], float(group[name])), writes)
-    names = optimizer.algorithm.stored(optimizer.lean)
     absent: set[str] = set()
     slabs = Slabs()
     for group in optimizer.param_groups:
@@ -108,15 +107,13 @@ def restore(optimizer, state_before: dict[Tensor, Any], groups_before: list[dict
             if not optimizer.state.get(p):
                 continue
             saved = {name: hidden.tensor for name, hidden in optimizer.state[p].items()}
-            step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
-            entry = {"step": new_step(saved["step"], step_device, slabs)}
-            for name, initial in zip(names, optimizer.algorithm.initial, strict=False):
-                entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
+            absent.update(set(optimizer.algorithm.stored(optimizer.lean)) - saved.keys())
+            entry = _own_entry(optimizer, p, saved, slabs)
             if group["capturable"]:
-                entry = {name: _stays(state_before.get(p, {}).get(name), fresh, writes) for name, fresh in entry.items()}
-            entry.update({name: value for name, value in saved.items() if name not in ("step", *optimizer.algorithm.slots)})
-            absent.update(name for name in names if name not in saved)
-            optimizer.state[p] = entry
+                present = state_before.get(p, {})
+                entry = {name: _stays(present.get(name), fresh, writes) for name, fresh in entry.items()}
+            ours = ("step", *optimizer.algorithm.slots)
+            optimizer.state[p] = {**entry, **{name: value for name, value in saved.items() if name not in ours}}
     for present, fresh in writes:
         present.detach().copy_(fresh)
     optimizer._slabs = slabs
@@ -126,6 +123,16 @@ def restore(optimizer, state_before: dict[Tensor, Any], groups_before: list[dict
             "The weights go on as they would have.",
             stacklevel=5,
         )
+
+
+def _own_entry(optimizer, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
+    """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value."""
+    algorithm = optimizer.algorithm
+    step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
+    entry = {"step": new_step(saved["step"], step_device, slabs)}
+    for name, initial in zip(algorithm.stored(optimizer.lean), algorithm.initial, strict=False):
+        entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
+    return entry
 
 
 def _stays(present: Any, fresh: Tensor, writes: list[tuple[Tensor, Tensor]]) -> Tensor:
