@@ -339,6 +339,32 @@ def test_capturable_state_is_copied_into(name, lean, saved_lean):
             assert torch.equal(value, expected), (i, key)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; this machine has none")
+@pytest.mark.parametrize("name", FUSED)
+def test_a_captured_step_goes_on_from_what_is_loaded(name):
+    p = torch.nn.Parameter(torch.randn(300, device="cuda"))
+    p.grad = torch.randn_like(p)
+    optimizer = FUSED[name]([p], lr=torch.tensor(1e-2, device="cuda"), capturable=True, **OPTIONS[name])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    weights, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    ends = []
+    for _ in range(2):
+        for _ in range(3):
+            graph.replay()
+        ends.append((p.detach().clone(), float(optimizer.state[p]["step"])))
+        p.data.copy_(weights)
+        optimizer.load_state_dict(state)
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert [step for _, step in ends] == [4, 4]
+
+
 def test_other_state_is_made_anew():
     """Without capturable, or where what is there is of another dtype or shape."""
     for capturable in (False, True):
