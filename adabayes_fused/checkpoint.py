@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES, complete_group
+from .algorithms import ADABAYES, ALGORITHMS, complete_group
+from .collect import SCALARS
 from .gather import new_slot, new_step, own_copy
 from .slabs import Slabs
+
+_INDISPENSABLE = ("lr", "betas", "weight_decay", "r")  # of a group; what else it lacks, its version may not have known
 
 
 class _Hidden:
@@ -25,45 +28,60 @@ class _Hidden:
 
 
 def hide_state(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks a state_dict against the optimizer; returns it with its tensors hidden."""
+    """Checks a state_dict against the optimizer; returns it with its groups completed and its tensors hidden.
+
+    What a file lacks, torch.distributed.checkpoint's flattened form gives as an empty dict; it is left out.
+    """
     groups = state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
         return state_dict  # torch refuses it, in its own words
-    _check_groups(optimizer, groups)
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    groups = [_completed(optimizer, g, group) for g, group in enumerate(groups)]
+    ids = [i for group in groups for i in group["params"]]
     params = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=False))
     state = {}
     for i, entry in state_dict["state"].items():
         if i in params:
-            _check_entry(optimizer, i, params[i], entry)
+            entry = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
+            _check_kind(optimizer, i, entry)
+            check_entry(optimizer.algorithm.slots, i, params[i], entry)
             entry = {name: _Hidden(value) for name, value in entry.items()}
         state[i] = entry
-    return {**state_dict, "state": state}
+    for group in groups:
+        complete_group(optimizer.algorithm, dict(group))
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _check_groups(optimizer, groups: list[dict[str, Any]]) -> None:
-    needed = {*optimizer.defaults, "r"} - {"differentiable", "capturable", "maximize"}  # as in torch, older ones may lack flags
-    for g, group in enumerate(groups):
-        missing = sorted(needed - group.keys())
-        if missing:
-            raise ValueError(
-                f"loaded state dict is not of {type(optimizer).__name__}: its group {g} lacks {', '.join(missing)} "
-                f"(it has {', '.join(sorted(group))})"
-            )
-        complete_group(optimizer.algorithm, {**optimizer.defaults, **group})
+def _completed(optimizer, g: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group; an option it lacks stays as it is here."""
+    missing = [name for name in _INDISPENSABLE if name not in saved]
+    if missing:
+        adam = "; load_adam_state_dict takes over the averages of torch's Adam and AdamW" if "amsgrad" in saved else ""
+        raise ValueError(
+            f"loaded state dict is not of {type(optimizer).__name__}: its group {g} lacks {', '.join(missing)} "
+            f"(it has {', '.join(sorted(saved))}){adam}"
+        )
+    here = optimizer.param_groups[g]
+    return {**{name: here[name] for name in (*optimizer.defaults, "first_prior") if name in here}, **saved}
 
 
-def _check_entry(optimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:
+def _check_kind(optimizer, i: int, entry: dict[str, Any]) -> None:
+    """The slots tell whose state it is."""
     algorithm = optimizer.algorithm
     missing = [name for name in ("step", *algorithm.stored(lean=True)) if name not in entry]
-    if entry and missing:
-        raise ValueError(
-            f"loaded state dict is not of {type(optimizer).__name__}: the state of parameter {i} lacks {', '.join(missing)} "
-            f"(it has {', '.join(entry)})"
-        )
+    others = [name for other in ALGORITHMS for name in other.slots if name in entry and name not in algorithm.slots]
+    for wrong, names in (("lacks", missing), ("has", others)):
+        if entry and names:
+            raise ValueError(
+                f"loaded state dict is not of {type(optimizer).__name__}: the state of parameter {i} {wrong} {', '.join(names)} "
+                f"(it has {', '.join(entry)})"
+            )
+
+
+def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]) -> None:
+    """Raises ValueError unless ``step`` is one number and each of ``slots`` that is there a tensor shaped like ``p``."""
     if entry and torch.as_tensor(entry["step"]).numel() != 1:
         raise ValueError(f"loaded state dict: step of parameter {i} must be one number, given {entry['step']!r}")
-    for name in algorithm.slots:
+    for name in slots:
         if name in entry and not isinstance(entry[name], Tensor):
             raise ValueError(f"loaded state dict: {name} of parameter {i} must be a tensor, given {entry[name]!r}")
         if name in entry and entry[name].shape != p.shape:
@@ -73,9 +91,15 @@ def _check_entry(optimizer, i: int, p: Tensor, entry: dict[str, Any]) -> None:
             )
 
 
-def restore_state(optimizer) -> None:
-    """Puts the hidden tensors in place, in our dtype, on the parameter's device."""
-    names = optimizer.algorithm.stored(optimizer.lean)
+def restore(optimizer, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]]) -> None:
+    """Puts the hidden tensors in place, in our dtype, on the parameter's device. A tensor that a CUDA graph or a compiled
+    step may read stays where it is and takes the loaded value; such are written last, once nothing can fail."""
+    writes: list[tuple[Tensor, Tensor]] = []
+    for group, before in zip(optimizer.param_groups, groups_before, strict=True):
+        group["capturable"] = before["capturable"]
+        for name in SCALARS:
+            if isinstance(before.get(name), Tensor) and group.get(name) is not None:
+                group[name] = _stays(before[name], torch.full_like(before[name], float(group[name])), writes)
     absent: set[str] = set()
     slabs = Slabs()
     for group in optimizer.param_groups:
@@ -83,17 +107,37 @@ def restore_state(optimizer) -> None:
             if not optimizer.state.get(p):
                 continue
             saved = {name: hidden.tensor for name, hidden in optimizer.state[p].items()}
-            step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
-            entry = {"step": new_step(saved["step"], step_device, slabs)}
-            for name, initial in zip(names, optimizer.algorithm.initial, strict=False):
-                entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
-            entry.update({name: value for name, value in saved.items() if name not in ("step", *optimizer.algorithm.slots)})
-            absent.update(name for name in names if name not in saved)
-            optimizer.state[p] = entry
+            absent.update(set(optimizer.algorithm.stored(optimizer.lean)) - saved.keys())
+            entry = _own_entry(optimizer, p, saved, slabs)
+            if group["capturable"]:
+                present = state_before.get(p, {})
+                entry = {name: _stays(present.get(name), fresh, writes) for name, fresh in entry.items()}
+            ours = ("step", *optimizer.algorithm.slots)
+            optimizer.state[p] = {**entry, **{name: value for name, value in saved.items() if name not in ours}}
+    for present, fresh in writes:
+        present.detach().copy_(fresh)
     optimizer._slabs = slabs
     if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:
         warnings.warn(
             "the loaded state is lean: exp_avg_sq, which AdaBayes keeps for you and does not use, starts at zero. "
             "The weights go on as they would have.",
-            stacklevel=3,
+            stacklevel=5,
         )
+
+
+def _own_entry(optimizer, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
+    """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value."""
+    algorithm = optimizer.algorithm
+    step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
+    entry = {"step": new_step(saved["step"], step_device, slabs)}
+    for name, initial in zip(algorithm.stored(optimizer.lean), algorithm.initial, strict=False):
+        entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
+    return entry
+
+
+def _stays(present: Any, fresh: Tensor, writes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """``present``, noted in ``writes``, where it can hold ``fresh``; else ``fresh``."""
+    if not isinstance(present, Tensor) or any(getattr(present, a) != getattr(fresh, a) for a in ("shape", "dtype", "device")):
+        return fresh
+    writes.append((present, fresh))
+    return present

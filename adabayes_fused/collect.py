@@ -52,6 +52,10 @@ def _collect(optimizer, batch, given, scaling: Scaling, created: list[Tensor]) -
         batch.begin([], True)
     items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
     prepared = _prepare(optimizer, items, scaling.on_device, created) if items else []
+    if created and _only_makes_state(optimizer, prepared, created):
+        if batch is not None:
+            batch.clear()
+        return lambda: None
     by_tensor = [
         p for p in prepared if batch is None or not batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
     ]
@@ -85,6 +89,18 @@ def _collect(optimizer, batch, given, scaling: Scaling, created: list[Tensor]) -
                 batch.release()
 
     return run
+
+
+def _only_makes_state(optimizer, prepared: list[Prepared], created: list[Tensor]) -> bool:
+    """Whether all state is new, every ``lr`` is 0 and every gradient zero: torch.distributed.checkpoint's step for the sake of
+    the state (``_init_optim_state``). It updates nothing and is not counted. Asked where state is made, and waits for an
+    accelerator only at ``lr = 0``."""
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
+        return False
+    if len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return not any(p.tensors[1].any() for p in prepared)
 
 
 def _item(optimizer, g: int, i: int) -> Item:

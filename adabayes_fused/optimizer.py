@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, clipping, operators
+from . import backends, checkpoint, clipping, operators, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
@@ -229,24 +229,24 @@ class _FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
 
-        ``backend``, ``lean``, ``fused_unscale`` and ``capturable`` stay as they are here, as does ``maximize`` where an
-        older state_dict lacks it. A state of the other of lean and full loads: what is not needed is left out; of what
-        is missing, ``exp_avg_sq`` of AdaBayes starts at zero, with a warning.
+        ``capturable`` and what is told to the constructor alone stay as they are here, and so does an option that the
+        saved groups lack. A state of the other of lean and full loads: what is not needed is left out; of what is missing,
+        ``exp_avg_sq`` of AdaBayes starts at zero, with a warning. An ``lr`` (or other option of a step) that is a tensor
+        here stays that tensor, with the loaded value; so do the state tensors of groups with ``capturable``.
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
-        capturable = [group["capturable"] for group in self.param_groups]
+        before = self.state, self.param_groups
 
         def restore(optimizer) -> None:
-            for group, kept in zip(optimizer.param_groups, capturable, strict=True):
-                group["capturable"] = kept
-            checkpoint.restore_state(optimizer)
+            nonlocal before
+            checkpoint.restore(optimizer, *before)
+            before = optimizer.state, optimizer.param_groups  # a hook of the user's that fails after this undoes nothing
 
         hooks = [
             self.register_load_state_dict_pre_hook(checkpoint.hide_state),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
-        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
         except BaseException:
@@ -255,6 +255,20 @@ class _FusedOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def load_adam_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from where torch.optim.Adam or AdamW stopped: takes over the averages and step counts of its ``state_dict``.
+
+        The options stay as they are here; the same ``betas`` keep the averages unbiased. AdaBayesFP goes on as if it had been
+        trained so far, with ``sgd_lr=inf`` as AdamW would have. AdaBayes starts its variances from the fixed point that the
+        averaged squared gradients imply (Eq. 20). ``max_exp_avg_sq`` (amsgrad) is left out, with a warning.
+
+        Args:
+            state_dict: of an Adam or AdamW over the same parameters in groups of the same lengths.
+
+        Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
+        """
+        self.load_state_dict(warm_start.from_adam(self, state_dict))
 
 
 class AdaBayes(_FusedOptimizer):
@@ -270,7 +284,7 @@ class AdaBayes(_FusedOptimizer):
         u_{prior} &\leftarrow (1 - \kappa/2)^2 u_{post} + \kappa \\
         w &\leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, r \, u_{post} \, m / (1 - \beta_1^t)
 
-    Every option but the last four and ``lean``, ``backend`` may also be given per parameter group. ``lr``,
+    Every option but ``lean``, ``backend`` and the last three may also be given per parameter group. ``lr``,
     ``batch_size``, ``weight_decay``, ``betas`` and the group's ``r`` are read afresh at each step.
 
     Args:
@@ -349,7 +363,8 @@ class AdaBayesFP(_FusedOptimizer):
     ``sgd_lr=inf`` is AdamW; where gradients tend to 0 it is SGD at ``sgd_lr``, with averaged momentum. The batch size cancels.
 
     Args:
-        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale, max_grad_norm, skip_nonfinite: as in :class:`AdaBayes`.
+        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale, max_grad_norm, skip_nonfinite: as in
+            :class:`AdaBayes`.
         sgd_lr: as in :class:`AdaBayes`, or inf.
         eps: AdamW's; needed only where ``sgd_lr=inf``.
         batch_size: not used by the update; tell it to have variances in the paper's units.

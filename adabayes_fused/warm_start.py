@@ -1,0 +1,73 @@
+"""From torch's Adam or AdamW to our state: its averages as they are, and for AdaBayes the variances that go with them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algorithms import ADABAYES, ADABAYES_FP
+from .checkpoint import check_entry
+from .collect import _scalars
+from .gather import as_real
+
+AVERAGES = ("exp_avg", "exp_avg_sq")
+
+
+def from_adam(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What ``optimizer.load_state_dict`` takes, with the optimizer's own groups and the state that follows from Adam's.
+
+    Raises: ValueError where ``state_dict`` is not one of Adam or AdamW for these parameters.
+    """
+    groups, here = state_dict["param_groups"], optimizer.param_groups
+    lengths, expected = ([len(group["params"]) for group in them] for them in (groups, here))
+    if lengths != expected:
+        raise ValueError(f"Adam's state dict has groups of {lengths} parameters; here they have {expected}")
+    state = {}
+    for g, (saved, group) in enumerate(zip(groups, here, strict=True)):
+        if "amsgrad" not in saved:
+            raise ValueError(
+                f"load_adam_state_dict takes what torch.optim.Adam or AdamW gave; group {g} lacks amsgrad "
+                f"(it has {', '.join(sorted(saved))})"
+            )
+        for i, p in zip(saved["params"], group["params"], strict=True):
+            entry = state_dict["state"].get(i)
+            if entry:
+                state[i] = _entry(optimizer.algorithm, group, saved["betas"], i, p, entry)
+    if any("max_exp_avg_sq" in entry for entry in state_dict["state"].values()):
+        warnings.warn("Adam's max_exp_avg_sq (amsgrad) has no counterpart here and is left out", stacklevel=3)
+    groups = [{**group, "params": list(saved["params"])} for saved, group in zip(groups, here, strict=True)]
+    return {"state": {i: entry for i, entry in state.items() if entry}, "param_groups": groups}
+
+
+def _entry(algorithm, group: dict[str, Any], betas: Any, i: Any, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    """Our state of parameter ``i``; none where Adam has made no step."""
+    missing, others = {"step", *AVERAGES} - entry.keys(), entry.keys() - {"step", *AVERAGES, "max_exp_avg_sq"}
+    if missing or others:
+        raise ValueError(
+            f"load_adam_state_dict takes step, exp_avg and exp_avg_sq as torch.optim.Adam or AdamW keeps them; "
+            f"the state of parameter {i} has {', '.join(map(str, entry))}"
+        )
+    check_entry(AVERAGES, i, p, entry)
+    step = float(entry["step"])
+    if step == 0.0:
+        return {}
+    kept = {name: entry[name] for name in ("step", *AVERAGES)}
+    return kept | _variances(group, betas, step, entry["exp_avg_sq"]) if algorithm is ADABAYES else kept
+
+
+def _variances(group: dict[str, Any], betas: Any, step: float, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+    """``post_var`` at the fixed point for gradients of this mean square, Eq. 20, and ``prior_var`` one drift later, Eq. 16b;
+    in float64, in the units of AdaBayes's state, shaped like ``exp_avg_sq``."""
+    group = _scalars({**group, "betas": betas, "eps": 0.0}, float)
+    *_, a, debias2, _ = ADABAYES_FP.coefficients(group, step)
+    *_, fisher, forget, drift = ADABAYES.coefficients(group, step)
+    relative = ADABAYES.coefficients({**group, "variance_follows_lr": True}, step)[5]
+    sigma_sq = relative / fisher if fisher else 1.0  # this lr's; fisher is 0 where lr is
+    post = exp_avg_sq.detach().to(torch.promote_types(exp_avg_sq.dtype, torch.float64), copy=True)
+    as_real(post).mul_(debias2).add_(a * a).sqrt_().add_(a).reciprocal_().mul_(2.0 * a * sigma_sq)
+    prior = post.clone()
+    as_real(prior).mul_(1.0 - forget).add_(drift)
+    return {"prior_var": prior, "post_var": post}
