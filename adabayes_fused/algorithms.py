@@ -31,7 +31,7 @@ class Algorithm(NamedTuple):
     lean: int
     reads: int
     initial: tuple[float, ...]
-    coefficients: Callable[[Group, Any, Any], tuple[Any, ...]]
+    coefficients: Callable[..., tuple[Any, ...]]  # (group, step, grad_factor=1.0)
 
     def stored(self, lean: bool) -> tuple[str, ...]:
         return self.slots[: self.lean] if lean else self.slots

@@ -7,7 +7,7 @@ torch: after the user's hooks that come before, restored before those that come 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .algorithms import ADABAYES, ALGORITHMS, complete_group
 from .collect import SCALARS
 from .gather import new_slot, new_step, own_copy
 from .slabs import Slabs
+
+if TYPE_CHECKING:
+    from .optimizer import _FusedOptimizer
 
 _INDISPENSABLE = ("lr", "betas", "weight_decay", "r")  # of a group; what else it lacks, its version may not have known
 
@@ -27,7 +30,7 @@ class _Hidden:
         self.tensor = tensor
 
 
-def hide_state(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def hide_state(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Checks a state_dict against the optimizer; returns it with its groups completed and its tensors hidden.
 
     What a file lacks, torch.distributed.checkpoint's flattened form gives as an empty dict; it is left out.
@@ -51,7 +54,7 @@ def hide_state(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _completed(optimizer, g: int, saved: dict[str, Any]) -> dict[str, Any]:
+def _completed(optimizer: _FusedOptimizer, g: int, saved: dict[str, Any]) -> dict[str, Any]:
     """A saved group; an option it lacks stays as it is here."""
     missing = [name for name in _INDISPENSABLE if name not in saved]
     if missing:
@@ -64,7 +67,7 @@ def _completed(optimizer, g: int, saved: dict[str, Any]) -> dict[str, Any]:
     return {**{name: here[name] for name in (*optimizer.defaults, "first_prior") if name in here}, **saved}
 
 
-def _check_kind(optimizer, i: int, entry: dict[str, Any]) -> None:
+def _check_kind(optimizer: _FusedOptimizer, i: int, entry: dict[str, Any]) -> None:
     """The slots tell whose state it is."""
     algorithm = optimizer.algorithm
     missing = [name for name in ("step", *algorithm.stored(lean=True)) if name not in entry]
@@ -91,7 +94,7 @@ def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]
             )
 
 
-def restore(optimizer, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]]) -> None:
+def restore(optimizer: _FusedOptimizer, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]]) -> None:
     """Puts the hidden tensors in place, in our dtype, on the parameter's device. A tensor that a CUDA graph or a compiled
     step may read stays where it is and takes the loaded value; such are written last, once nothing can fail."""
     writes: list[tuple[Tensor, Tensor]] = []
@@ -125,7 +128,7 @@ def restore(optimizer, state_before: dict[Tensor, Any], groups_before: list[dict
         )
 
 
-def _own_entry(optimizer, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
+def _own_entry(optimizer: _FusedOptimizer, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
     """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value."""
     algorithm = optimizer.algorithm
     step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")

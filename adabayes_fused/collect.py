@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from .backends.launch import WORDS, Launch
 from .clipping import Scaling
 from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
 
+if TYPE_CHECKING:
+    from .optimizer import _FusedOptimizer
+
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors
 
 
-def collect(optimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[], None] | None:
+def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[], None] | None:
     """Everything of one step up to its launches.
 
     Args:
@@ -47,7 +50,9 @@ def collect(optimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[
     return run
 
 
-def _collect(optimizer, batch, given, scaling: Scaling, created: list[Tensor]) -> Callable[[], None] | None:
+def _collect(
+    optimizer: _FusedOptimizer, batch: Any, given: list[Item] | None, scaling: Scaling, created: list[Tensor]
+) -> Callable[[], None] | None:
     if batch is not None and given is not None:
         batch.begin([], True)
     items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
@@ -91,7 +96,7 @@ def _collect(optimizer, batch, given, scaling: Scaling, created: list[Tensor]) -
     return run
 
 
-def _only_makes_state(optimizer, prepared: list[Prepared], created: list[Tensor]) -> bool:
+def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], created: list[Tensor]) -> bool:
     """Whether all state is new, every ``lr`` is 0 and every gradient zero: torch.distributed.checkpoint's step for the sake of
     the state (``_init_optim_state``). It updates nothing and is not counted. Asked where state is made, and waits for an
     accelerator only at ``lr = 0``."""
@@ -103,18 +108,18 @@ def _only_makes_state(optimizer, prepared: list[Prepared], created: list[Tensor]
     return not any(p.tensors[1].any() for p in prepared)
 
 
-def _item(optimizer, g: int, i: int) -> Item:
+def _item(optimizer: _FusedOptimizer, g: int, i: int) -> Item:
     p = optimizer.param_groups[g]["params"][i]
     return Item(g, i, p, p.grad, vars(optimizer)["state"].get(p, {}))
 
 
-def _unread(optimizer) -> list[Item]:
+def _unread(optimizer: _FusedOptimizer) -> list[Item]:
     """Every parameter with a gradient."""
     groups = enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i, p in enumerate(group["params"]) if p.grad is not None]
 
 
-def _read(optimizer, batch) -> list[Item]:
+def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     """Fills ``batch``; returns the parameters it leaves to Python."""
     batch.begin(optimizer._slabs.all, optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE)
     optimizer._state_asked_for = False
@@ -122,14 +127,14 @@ def _read(optimizer, batch) -> list[Item]:
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
 
 
-def _references(owner) -> int:
+def _references(owner: Any) -> int:
     return sys.getrefcount(vars(owner)["state"])
 
 
 _REFERENCES_OF_ONE = _references(SimpleNamespace(state={}))  # what is counted where nobody else holds the state
 
 
-def _prepare(optimizer, items: list[Item], on_device: bool, created: list[Tensor]) -> list[Prepared]:
+def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, created: list[Tensor]) -> list[Prepared]:
     names = optimizer.algorithm.stored(optimizer.lean)
     state = vars(optimizer)["state"]
     entries = (entry for entry in state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
@@ -150,7 +155,7 @@ def _prepare(optimizer, items: list[Item], on_device: bool, created: list[Tensor
     return prepared
 
 
-def _check_capture(optimizer, items: list[Item]) -> None:
+def _check_capture(optimizer: _FusedOptimizer, items: list[Item]) -> None:
     """Raises for what a CUDA graph would freeze or lose: state made during capture, options the host holds in tensors."""
     for item in items:
         if not item.state:
@@ -167,7 +172,7 @@ def _check_capture(optimizer, items: list[Item]) -> None:
                 )
 
 
-def _launches_of_rows(optimizer, batch) -> list[Launch]:
+def _launches_of_rows(optimizer: _FusedOptimizer, batch: Any) -> list[Launch]:
     keys = batch.coefficient_keys()
     return [
         Launch(
@@ -184,8 +189,8 @@ def _launches_of_rows(optimizer, batch) -> list[Launch]:
     ]
 
 
-def _launches_of_tensors(optimizer, prepared: list[Prepared], on_device: bool) -> list[Launch]:
-    buckets: dict[tuple, list[Prepared]] = {}
+def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], on_device: bool) -> list[Launch]:
+    buckets: dict[tuple[Any, ...], list[Prepared]] = {}
     for p in prepared:
         param, grad = p.tensors[:2]
         buckets.setdefault((param.device, param.dtype, grad.dtype), []).append(p)
@@ -210,7 +215,7 @@ def _launches_of_tensors(optimizer, prepared: list[Prepared], on_device: bool) -
     return launches
 
 
-def _set_coefficients(optimizer, launches: list[Launch], factor: Any) -> None:
+def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor: Any) -> None:
     known: tuple[Any, Tensor | None] = None, None  # rows read in C++ have their keys in common
     for launch in launches:
         if isinstance(launch.keys[0][1], Tensor):
@@ -221,7 +226,7 @@ def _set_coefficients(optimizer, launches: list[Launch], factor: Any) -> None:
             launch.coefficients = known[1]
 
 
-def _coefficients(optimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
+def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
     groups = [_scalars(group, float) for group in optimizer.param_groups]
     return torch.tensor(
@@ -229,7 +234,9 @@ def _coefficients(optimizer, keys: Sequence[tuple[int, float]], factor: float) -
     )
 
 
-def _device_coefficients(optimizer, keys: Sequence[tuple[int, Tensor]], device: torch.device, factor: Any) -> Tensor:
+def _device_coefficients(
+    optimizer: _FusedOptimizer, keys: Sequence[tuple[int, Tensor]], device: torch.device, factor: Any
+) -> Tensor:
     """One row for each (group, step count before this step), computed on the device (in float64 where it has it) and never
     waited for."""
     dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -6,11 +6,13 @@ The two classes are at the end; what they share is above them, a step's work in 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from . import backends, checkpoint, clipping, operators, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
@@ -30,7 +32,9 @@ class _FusedOptimizer(Optimizer):
     max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
     skip_nonfinite = False
 
-    def __init__(self, params, defaults: dict[str, Any], *, lean: bool, backend: str, fused_unscale: bool, **clip: Any) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], *, lean: bool, backend: str, fused_unscale: bool, **clip: Any
+    ) -> None:
         backends.check_name(backend)
         for name, flag in (("lean", lean), ("fused_unscale", fused_unscale)):
             if not isinstance(flag, bool):
@@ -116,20 +120,20 @@ class _FusedOptimizer(Optimizer):
         self._list_parameters()
 
     @property
-    def state(self):
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
         """Each parameter's state: ``step`` and the slots. Whoever asks may change it: the next step looks at all of it."""
         self._state_asked_for = True
         return vars(self)["state"]
 
     @state.setter
-    def state(self, state) -> None:
+    def state(self, state: dict[Tensor, Any]) -> None:
         self._state_asked_for = True
         vars(self)["state"] = state
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over every parameter that has a gradient; its step count rises by one, the others' stay.
 
         Args:
@@ -199,7 +203,7 @@ class _FusedOptimizer(Optimizer):
             or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
         )
 
-    def _reader(self):
+    def _reader(self) -> Any:
         """The C++ reader of parameters and state, kept between steps; None where there is none."""
         key = (self.backend, self.lean)
         if self._kept_reader is None or self._kept_reader[0] != key:
@@ -238,7 +242,7 @@ class _FusedOptimizer(Optimizer):
         """
         before = self.state, self.param_groups
 
-        def restore(optimizer) -> None:
+        def restore(optimizer: Any) -> None:
             nonlocal before
             checkpoint.restore(optimizer, *before)
             before = optimizer.state, optimizer.param_groups  # a hook of the user's that fails after this undoes nothing
@@ -320,7 +324,7 @@ class AdaBayes(_FusedOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         *,
         batch_size: float,
@@ -348,8 +352,15 @@ class AdaBayes(_FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        policy = dict(lean=lean, backend=backend, fused_unscale=fused_unscale)
-        super().__init__(params, defaults, **policy, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params,
+            defaults,
+            lean=lean,
+            backend=backend,
+            fused_unscale=fused_unscale,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )
 
 
 class AdaBayesFP(_FusedOptimizer):
@@ -379,7 +390,7 @@ class AdaBayesFP(_FusedOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         *,
         sgd_lr: float = 0.1,
@@ -405,5 +416,12 @@ class AdaBayesFP(_FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        policy = dict(lean=lean, backend=backend, fused_unscale=fused_unscale)
-        super().__init__(params, defaults, **policy, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params,
+            defaults,
+            lean=lean,
+            backend=backend,
+            fused_unscale=fused_unscale,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES, ADABAYES_FP
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, variance_units
 from .checkpoint import check_entry
 from .collect import _scalars
 from .gather import as_real
 
+if TYPE_CHECKING:
+    from .optimizer import _FusedOptimizer
+
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-def from_adam(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def from_adam(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What ``optimizer.load_state_dict`` takes, with the optimizer's own groups and the state that follows from Adam's.
 
     Raises: ValueError where ``state_dict`` is not one of Adam or AdamW for these parameters.
@@ -42,7 +45,7 @@ def from_adam(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {"state": {i: entry for i, entry in state.items() if entry}, "param_groups": groups}
 
 
-def _entry(algorithm, group: dict[str, Any], betas: Any, i: Any, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+def _entry(algorithm: Algorithm, group: dict[str, Any], betas: Any, i: Any, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
     """Our state of parameter ``i``; none where Adam has made no step."""
     missing, others = {"step", *AVERAGES} - entry.keys(), entry.keys() - {"step", *AVERAGES, "max_exp_avg_sq"}
     if missing or others:
@@ -63,9 +66,8 @@ def _variances(group: dict[str, Any], betas: Any, step: float, exp_avg_sq: Tenso
     in float64, in the units of AdaBayes's state, shaped like ``exp_avg_sq``."""
     group = _scalars({**group, "betas": betas, "eps": 0.0}, float)
     *_, a, debias2, _ = ADABAYES_FP.coefficients(group, step)
-    *_, fisher, forget, drift = ADABAYES.coefficients(group, step)
-    relative = ADABAYES.coefficients({**group, "variance_follows_lr": True}, step)[5]
-    sigma_sq = relative / fisher if fisher else 1.0  # this lr's; fisher is 0 where lr is
+    *_, forget, drift = ADABAYES.coefficients(group, step)
+    sigma_sq = variance_units(group)[1] or 1.0  # the literal one, where lr is 0
     post = exp_avg_sq.detach().to(torch.promote_types(exp_avg_sq.dtype, torch.float64), copy=True)
     as_real(post).mul_(debias2).add_(a * a).sqrt_().add_(a).reciprocal_().mul_(2.0 * a * sigma_sq)
     prior = post.clone()
