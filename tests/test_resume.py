@@ -276,7 +276,7 @@ def test_only_a_step_of_lr_0_and_zero_gradients_is_not_counted(name, lrs, grads,
     assert [optimizer.state[p]["step"] for p in params] == [counted + 1] * 2
 
 
-def test_a_parameter_that_joins_later_counts(monkeypatch):
+def test_a_parameter_that_joins_later_counts():
     optimizer, params = small("AdaBayes", (0.0, 0.0), (1.0, 0.0))
     params[1].grad = None
     optimizer.step()
