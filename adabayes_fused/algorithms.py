@@ -22,11 +22,11 @@ Group = Mapping[str, Any]
 
 
 class Algorithm(NamedTuple):
-    """One row of the registry. ``index`` is its number in C++; the first ``lean`` slots suffice for the recursion,
+    """One row of the registry. ``number`` is C++'s; the first ``lean`` slots suffice for the recursion,
     the rule reads the first ``reads`` and writes all; ``initial`` is each slot's value before the first step."""
 
     name: str
-    index: int
+    number: int
     slots: tuple[str, ...]
     lean: int
     reads: int
@@ -84,7 +84,7 @@ def adabayes_fp_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) ->
 
 ADABAYES = Algorithm(
     name="AdaBayes",
-    index=0,
+    number=0,
     slots=("exp_avg", "prior_var", "exp_avg_sq", "post_var"),
     lean=2,
     reads=3,
@@ -93,7 +93,7 @@ ADABAYES = Algorithm(
 )
 ADABAYES_FP = Algorithm(
     name="AdaBayesFP",
-    index=1,
+    number=1,
     slots=("exp_avg", "exp_avg_sq", "post_var"),
     lean=2,
     reads=2,

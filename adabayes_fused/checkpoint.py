@@ -30,7 +30,7 @@ class _Hidden:
         self.tensor = tensor
 
 
-def hide_state(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Checks a state_dict against the optimizer; returns it with its groups completed and its tensors hidden.
 
     What a file lacks, torch.distributed.checkpoint's flattened form gives as an empty dict; it is left out.

@@ -6,6 +6,7 @@ The two classes are at the end; what they share is above them, a step's work in 
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ _RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfin
 class _FusedOptimizer(Optimizer):
     algorithm: Algorithm
 
+    _kept_reader: tuple[Any, Any] | None
+    _skipped: Tensor
     max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
     skip_nonfinite = False
 
@@ -120,13 +123,14 @@ class _FusedOptimizer(Optimizer):
         self._list_parameters()
 
     @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """Each parameter's state: ``step`` and the slots. Whoever asks may change it: the next step looks at all of it."""
         self._state_asked_for = True
-        return vars(self)["state"]
+        kept: defaultdict[Tensor, Any] = vars(self)["state"]
+        return kept
 
     @state.setter
-    def state(self, state: dict[Tensor, Any]) -> None:
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
         self._state_asked_for = True
         vars(self)["state"] = state
 
@@ -219,7 +223,7 @@ class _FusedOptimizer(Optimizer):
 
     def _forget_run(self) -> None:
         """What is found anew in each process."""
-        self._kept_reader: tuple[Any, Any] | None = None
+        self._kept_reader = None
         self._slabs = Slabs()
         self._state_asked_for = True
         self._kept_alive: list[Tensor] = []

@@ -77,7 +77,7 @@ def test_pure_wheel(source, tmp_path):
     assert "adabayes_fused/optimizer.py" in modules
     kernels = {"adabayes_fused/" + str(f.relative_to(source)) for f in source.glob("triton_kernels/*.py")}
     assert "adabayes_fused/triton_kernels/rules.py" in kernels
-    assert {n for n in names if ".dist-info/" not in n} == modules | kernels
+    assert {n for n in names if ".dist-info/" not in n} == modules | kernels | {"adabayes_fused/py.typed"}
     assert any(n.endswith("LICENSE") for n in names)
     assert metadata["Version"] == adabayes_fused.__version__
     required = [r for r in metadata.get_all("Requires-Dist") if "extra" not in r]

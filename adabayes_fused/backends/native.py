@@ -35,7 +35,7 @@ def new_batch(slots: tuple[str, ...], device_types: set[str]) -> Any:
 def bucket(launch: Launch, rows: int, coefficients: int) -> tuple[int, ...]:
     """The module's arguments for a launch whose rows and coefficients lie at these addresses."""
     return (
-        launch.algorithm.index,
+        launch.algorithm.number,
         not launch.lean,
         DTYPES.index(launch.param_dtype),
         DTYPES.index(launch.grad_dtype),
