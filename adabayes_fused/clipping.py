@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.launch import Launch
+from .sharding import summed
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
@@ -70,7 +71,14 @@ def wide(t: Tensor) -> Tensor:
 
 def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
     """The sum of all squared gradients as they are: 0-dim, float64, on an accelerator if any launch is on one."""
-    sums: list[Tensor] = [backends.of(optimizer.backend, launch.device).sum_of_squares(launch) for launch in launches]
+    spread: dict[tuple[Any, ...], list[Tensor]] = {}
+    for launch in launches:
+        spread.setdefault(launch.groups, []).append(backends.of(optimizer.backend, launch.device).sum_of_squares(launch))
+    sums = [summed(_total(parts), groups) for groups, parts in spread.items()]
+    return _total(sums)
+
+
+def _total(sums: list[Tensor]) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     home = next((s for s in sums if s.device.type != "cpu"), zero)
     return torch.stack([s.to(home, non_blocking=True) for s in (zero, *sums)]).sum()

@@ -19,6 +19,7 @@ from .backends import native
 from .backends.launch import WORDS, Launch
 from .clipping import Scaling
 from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
+from .sharding import groups_of
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
@@ -54,16 +55,14 @@ def _collect(
     optimizer: _FusedOptimizer, batch: Any, given: list[Item] | None, scaling: Scaling, created: list[Tensor]
 ) -> Callable[[], None] | None:
     if batch is not None and given is not None:
-        batch.begin([], True)
+        batch.begin([], True, True)
     items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
     prepared = _prepare(optimizer, items, scaling.on_device, created) if items else []
     if created and _only_makes_state(optimizer, prepared, created):
         if batch is not None:
             batch.clear()
         return lambda: None
-    by_tensor = [
-        p for p in prepared if batch is None or not batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
-    ]
+    by_tensor = [p for p in prepared if batch is None or not _add(optimizer, batch, p)]
     launches = [] if batch is None else _launches_of_rows(optimizer, batch)
     launches += _launches_of_tensors(optimizer, by_tensor, scaling.on_device)
     if batch is not None and clipping.reads_gradients_first(optimizer) and any(x.device.type != "cpu" for x in launches):
@@ -108,6 +107,13 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     return not any(p.tensors[1].any() for p in prepared)
 
 
+def _add(optimizer: _FusedOptimizer, batch: Any, p: Prepared) -> bool:
+    if clipping.reads_gradients_first(optimizer) and groups_of(p.param):
+        return False
+    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
+    return taken
+
+
 def _item(optimizer: _FusedOptimizer, g: int, i: int) -> Item:
     p = optimizer.param_groups[g]["params"][i]
     return Item(g, i, p, p.grad, vars(optimizer)["state"].get(p, {}))
@@ -121,7 +127,9 @@ def _unread(optimizer: _FusedOptimizer) -> list[Item]:
 
 def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     """Fills ``batch``; returns the parameters it leaves to Python."""
-    batch.begin(optimizer._slabs.all, optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE)
+    look = optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE
+    # A norm sums what is spread over processes apart from what each has whole: these launches are made in Python.
+    batch.begin(optimizer._slabs.all, look, not clipping.reads_gradients_first(optimizer))
     optimizer._state_asked_for = False
     state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
@@ -193,9 +201,10 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
     buckets: dict[tuple[Any, ...], list[Prepared]] = {}
     for p in prepared:
         param, grad = p.tensors[:2]
-        buckets.setdefault((param.device, param.dtype, grad.dtype), []).append(p)
+        groups = groups_of(p.param) if clipping.reads_gradients_first(optimizer) else ()
+        buckets.setdefault((param.device, param.dtype, grad.dtype, groups), []).append(p)
     launches = []
-    for (device, param_dtype, grad_dtype), members in buckets.items():
+    for (device, param_dtype, grad_dtype, groups), members in buckets.items():
         keys: dict[tuple[int, Any], int] = {}
         # On the device a parameter's count is not known, so each has a key, the tensor, of its own.
         which = [keys.setdefault((p.group, p.step if on_device else float(p.step) + 1), len(keys)) for p in members]
@@ -209,6 +218,7 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
                 list(keys),
                 tensors=[p.tensors for p in members],
                 which=which,
+                groups=groups,
                 kept_alive=optimizer._kept_alive,
             )
         )

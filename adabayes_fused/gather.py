@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .algorithms import Algorithm
+from .sharding import is_sharded, like, local, placed_like
 from .slabs import Slabs
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
@@ -43,7 +44,7 @@ class Prepared(NamedTuple):
 
     def write_back(self) -> None:
         if self.copy is not None:
-            self.param.detach().copy_(self.copy)
+            local(self.param).detach().copy_(self.copy)
 
 
 def check_item(item: Item, names: tuple[str, ...]) -> None:
@@ -54,8 +55,12 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
             f"{where} has a sparse gradient ({grad.layout}), and AdaBayes takes dense ones only. "
             "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
-    if is_traceable_wrapper_subclass(p) or is_traceable_wrapper_subclass(grad):
-        raise TypeError(f"{where} is a {type(p).__name__}, a tensor made of others, which is not supported; give its local part")
+    for t in (p, grad):
+        if is_traceable_wrapper_subclass(t) and not (is_sharded(t) and is_sharded(p)):
+            raise TypeError(
+                f"{where} or its gradient is a {type(t).__name__}, a tensor made of others (allowed: plain tensors, and DTensors "
+                "with DTensors for gradients)"
+            )
     real = p.dtype.to_real() if p.is_complex() else p.dtype
     if real not in DTYPES:
         raise TypeError(f"{where} is of {p.dtype} (allowed: {', '.join(map(str, DTYPES))}, and complex)")
@@ -64,7 +69,7 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise RuntimeError(f"{where} is an expanded view, whose elements share memory; optimize the tensor it is a view of")
     for name, t in {"its gradient": grad, **{name: state[name] for name in names if name in state}}.items():
-        if t.shape != p.shape:
+        if t.shape != p.shape and t.shape != local(p).shape:
             raise RuntimeError(
                 f"{where} has {name} of shape {tuple(t.shape)}; a resized parameter needs a new gradient and state"
             )
@@ -78,7 +83,7 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 
 def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
-    """A state tensor shaped like ``p``; laid out as p is where p has no gaps."""
+    """A state tensor for ``p``, a plain tensor; laid out as p is where p has no gaps."""
     slot = slabs.empty(p.shape, p.stride(), state_dtype(p), p.device) if _dense(p) else None
     if slot is None:
         slot = torch.empty_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False)
@@ -86,10 +91,10 @@ def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
 
 
 def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
-    """A state tensor shaped like ``p``, ``value`` everywhere, in the real and the imaginary part alike."""
-    slot = empty_slot(p, slabs)
+    """A state tensor like ``p``, ``value`` everywhere, in the real and the imaginary part alike."""
+    slot = empty_slot(local(p).detach(), slabs)
     as_real(slot).fill_(value)
-    return slot
+    return like(p, slot)
 
 
 def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
@@ -127,8 +132,9 @@ def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def own_copy(p: Tensor, saved: Tensor, slabs: Slabs) -> Tensor:
-    """A saved slot of ``p`` in our dtype, layout and device, sharing no memory with ``saved``."""
-    return empty_slot(p, slabs).copy_(saved.detach())
+    """A saved slot of ``p`` in our dtype, layout, placement and device, sharing no memory with ``saved``."""
+    part = local(placed_like(p, saved.detach()))
+    return like(p, empty_slot(local(p).detach(), slabs).copy_(part))
 
 
 def step_tensor(step: Any, device: torch.device) -> Tensor:
@@ -142,8 +148,9 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
 def prepare(item: Item, names: tuple[str, ...], step_device: torch.device) -> Prepared:
     """An item as plain tensors; state of another dtype, device or layout is replaced by its equal in ours. The gradient is
     never written."""
-    p, state = item.param, item.state
-    param, grad = p.detach(), item.grad.detach().resolve_conj().resolve_neg()
+    state = item.state
+    param = local(item.param).detach()
+    grad = local(placed_like(item.param, item.grad)).detach().resolve_conj().resolve_neg()
     if not grad.is_complex() and grad.dtype not in DTYPES:
         grad = grad.to(torch.float32)  # float8 and the like
     copy = None
@@ -151,6 +158,9 @@ def prepare(item: Item, names: tuple[str, ...], step_device: torch.device) -> Pr
         param = copy = torch.empty_like(param).copy_(param)
     state["step"] = step_tensor(state["step"], step_device)
     for name in names:
-        state[name] = laid_out_like(param, state[name], state_dtype(param))
-    tensors = [param, laid_out_like(param, grad, grad.dtype), *(state[name] for name in names)]
-    return Prepared(p, [as_real(t) for t in tensors], state["step"], item.group, copy)
+        placed = placed_like(item.param, state[name])
+        slot = laid_out_like(param, local(placed), state_dtype(param))
+        if placed is not state[name] or slot is not local(placed):
+            state[name] = like(item.param, slot)
+    tensors = [param, laid_out_like(param, grad, grad.dtype), *(local(state[name]) for name in names)]
+    return Prepared(item.param, [as_real(t) for t in tensors], state["step"], item.group, copy)

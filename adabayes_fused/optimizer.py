@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoint, clipping, operators, warm_start
+from . import backends, checkpoint, clipping, operators, sharding, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
@@ -209,7 +209,7 @@ class _FusedOptimizer(Optimizer):
 
     def _reader(self) -> Any:
         """The C++ reader of parameters and state, kept between steps; None where there is none."""
-        key = (self.backend, self.lean)
+        key = (self.backend, self.lean, sharding.dtensor_type())
         if self._kept_reader is None or self._kept_reader[0] != key:
             types = set()
             for device_type in ("cpu", "cuda"):
@@ -218,7 +218,7 @@ class _FusedOptimizer(Optimizer):
                         types.add(device_type)
                 except RuntimeError:  # raised for the parameter that needs it
                     pass
-            self._kept_reader = key, native.new_batch(self.algorithm.stored(self.lean), types)
+            self._kept_reader = key, native.new_batch(self.algorithm.stored(self.lean), types, sharding.dtensor_type())
         return self._kept_reader[1]
 
     def _forget_run(self) -> None:

@@ -100,6 +100,7 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
     : slots_(slots),
       parameter_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[0]).ptr())),
       tensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[1]).ptr())),
+      dtensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[2]).ptr())),
       api_(nullptr) {
   const auto* found = static_cast<const dlpack::Api*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (!found) throw py::error_already_set();
@@ -129,6 +130,20 @@ bool Batch::describe(PyObject* object, dlpack::Tensor& out) const {
   return false;
 }
 
+// The part of `tensor` that is in this process: itself, or a DTensor's local tensor, null where it is placed otherwise than
+// `placed_like`, another DTensor.
+py::object Batch::part_of(PyObject* tensor, PyObject* placed_like) const {
+  static PyObject *const local = PyUnicode_InternFromString("_local_tensor"), *const spec = PyUnicode_InternFromString("_spec");
+  if (Py_TYPE(tensor) != dtensor_type_) {
+    if (Py_TYPE(placed_like) == dtensor_type_) return {};
+    return py::reinterpret_borrow<py::object>(tensor);
+  }
+  if (!dtensors_ || Py_TYPE(placed_like) != dtensor_type_) return {};
+  const py::handle t(tensor), other(placed_like);
+  if (tensor != placed_like && !t.attr(spec).attr("placements").equal(other.attr(spec).attr("placements"))) return {};
+  return t.attr(local);
+}
+
 int64_t Batch::coefficients_for(int group, float step) {
   if (!keys_.empty() && keys_.back() == std::make_pair(group, step)) return int64_t(keys_.size()) - 1;
   uint32_t bits;
@@ -144,8 +159,9 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
 }
 
-void Batch::begin(py::list slabs, bool look) {
+void Batch::begin(py::list slabs, bool look, bool dtensors) {
   reset();
+  dtensors_ = dtensors;
   const size_t n = PyList_GET_SIZE(slabs.ptr());
   look_ = look || n != slabs_.size();
   slabs_.resize(n);
@@ -176,12 +192,13 @@ bool Batch::find(PyObject* state, PyObject* param, State& out) const {
 }
 
 // Notes where the state lies, and whether it is ours; false if it is not as a kernel takes it.
-bool Batch::look_at(Kept& kept, const dlpack::Tensor& p, DType dtype, const State& state) const {
+bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType dtype, const State& state) const {
   const DType state_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
-  bool ours = state.entry && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  bool ours = state.entry && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
   dlpack::Tensor s;
   for (size_t k = 0; k < slots_.size(); ++k) {
-    if (!describe(state.slots[k], s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
+    const py::object slot = part_of(state.slots[k], param);
+    if (!slot || !describe(slot.ptr(), s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
     kept.slot[k] = address_of(s);
     ours = ours && Py_REFCNT(state.slots[k]) == 1 && in_slab(kept.slot[k]);
   }
@@ -199,13 +216,14 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, FindSta
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
   dlpack::Tensor p, g;
-  if (!describe(param, p) || !describe(grad, g)) return false;
+  const py::object part = part_of(param, param), grad_part = part_of(grad, param);
+  if (!part || !grad_part || !describe(part.ptr(), p) || !describe(grad_part.ptr(), g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !same_place(p, g) || is_negated_view(grad, g) || is_negated_view(param, p)) return false;
+  if (!param_dtype || !grad_dtype || !same_place(p, g) || is_negated_view(grad_part.ptr(), g) || is_negated_view(part.ptr(), p)) return false;
   const bool known = kept.ours && !look_ && kept.param == param && is_at(kept.place, p, *param_dtype);
   State state;
-  if (!known && (!dense(p) || !find_state(state) || !look_at(kept, p, *param_dtype, state))) return false;
+  if (!known && (!dense(p) || !find_state(state) || !look_at(kept, param, p, *param_dtype, state))) return false;
   Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1)};
   std::copy_n(kept.slot, kMaxSlots, row.slot);
   launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
@@ -213,7 +231,7 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, FindSta
   grads_.push_back(py::reinterpret_borrow<py::object>(grad));
   if (kept.param == param) return true;
   dlpack::Managed* held = nullptr;
-  if (p.device_type == dlpack::kCPU && api_->managed_from_object(param, &held) != 0) PyErr_Clear();
+  if (p.device_type == dlpack::kCPU && part.ptr() == param && api_->managed_from_object(param, &held) != 0) PyErr_Clear();
   kept.held.reset(held);
   kept.param = param;  // alive where `ours` is: it is a key of the state then
   return true;

@@ -16,15 +16,15 @@ constexpr int kKeptDims = 4;
 class Batch {
  public:
   // `slots`: names of the state tensors, in the rule's order; `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
-  // when they are these very types; `device_types`: "cpu", "cuda", the devices whose backend reads a table.
+  // when they are these very types, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda", the devices whose backend reads a table.
   Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types);
 
   // Forgets a step that failed, and what was known of the state.
   void clear();
 
-  // Begins a step. `slabs`: the optimizer's own memory for small state, one tensor each. State that lay there and that
+  // Begins a step. `dtensors`: whether `read` takes them. `slabs`: the optimizer's own memory for small state, one tensor each. State that lay there and that
   // nobody else could reach when last looked at is looked at again only if `look`, or if a slab's memory has been replaced.
-  void begin(py::list slabs, bool look);
+  void begin(py::list slabs, bool look, bool dtensors);
 
   // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
   // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
@@ -74,8 +74,9 @@ class Batch {
 
   void reset();
   bool describe(PyObject* object, dlpack::Tensor& out) const;
+  py::object part_of(PyObject* tensor, PyObject* placed_like) const;
   bool find(PyObject* state, PyObject* param, State& out) const;
-  bool look_at(Kept& kept, const dlpack::Tensor& param, DType dtype, const State& state) const;
+  bool look_at(Kept& kept, PyObject* param, const dlpack::Tensor& described, DType dtype, const State& state) const;
   bool in_slab(int64_t address) const;
   template <class FindState>
   bool take(Kept& kept, PyObject* param, PyObject* grad, int group, FindState find_state);
@@ -83,9 +84,9 @@ class Batch {
   int64_t coefficients_for(int group, float step);
 
   py::tuple slots_;
-  const PyTypeObject *parameter_type_, *tensor_type_;
+  const PyTypeObject *parameter_type_, *tensor_type_, *dtensor_type_;
   const dlpack::Api* api_;  // static in torch
-  bool cpu_ = false, cuda_ = false;
+  bool cpu_ = false, cuda_ = false, dtensors_ = false;
   std::vector<Launch> launches_;
   std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;

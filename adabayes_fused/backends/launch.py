@@ -33,6 +33,7 @@ class Launch:
     coefficients: Tensor | None = None  # float64, (sets, 8), on the CPU; on the device where the host must not know them
     uploaded: tuple[Tensor, Tensor] | None = None  # rows and chunk map, on the device: backends/table.py
     found_inf: Tensor | None = None  # on the device: one float32, not zero where nothing may change
+    groups: tuple[Any, ...] = ()  # process groups over which its gradients are spread, where their norm is wanted
     kept_alive: list[Tensor] = field(default_factory=list)  # takes memory that a captured graph goes on reading
 
     @property

@@ -24,12 +24,12 @@ except ImportError as error:
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
 
-def new_batch(slots: tuple[str, ...], device_types: set[str]) -> Any:
+def new_batch(slots: tuple[str, ...], device_types: set[str], dtensor: Any) -> Any:
     """A reader of parameters and state in C++, or None where the module or torch's DLPack exchange API is missing."""
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or api is None or not device_types:
         return None
-    return module.Batch(slots, (torch.nn.Parameter, torch.Tensor), api, sorted(device_types))
+    return module.Batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types))
 
 
 def bucket(launch: Launch, rows: int, coefficients: int) -> tuple[int, ...]:
