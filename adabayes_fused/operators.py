@@ -2,37 +2,23 @@
 
 Tracing reads parameters, gradients and state, so that their replacement is noticed; learning rates and the other options
 are read when the operator runs, so that a schedule compiles nothing anew. It does what an eager step does, with its bits.
+
+Imported when a step is traced: it brings in the compiler, which takes seconds.
 """
 
 from __future__ import annotations
-
-import weakref
-from itertools import count
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .gather import Item, new_state, step_tensor
-
-if TYPE_CHECKING:
-    from .optimizer import _FusedOptimizer
-
-_optimizers: weakref.WeakValueDictionary[str, _FusedOptimizer] = weakref.WeakValueDictionary()
-_numbers = count()
-
-
-def register(optimizer: _FusedOptimizer) -> str:
-    """A name by which ``step_`` finds the optimizer, for as long as it lives."""
-    name = f"{type(optimizer).__name__} {next(_numbers)}"
-    _optimizers[name] = optimizer
-    return name
+from .optimizer import _FusedOptimizer, by_name
 
 
 @torch.library.custom_op("adabayes_fused::step_", mutates_args=("params", "state"))
 def step_(params: list[Tensor], grads: list[Tensor], state: list[Tensor], groups: list[int], optimizer: str) -> None:
     """One step of the optimizer of this name on parameters of these groups; ``state``: of each, ``step`` and its slots."""
-    found = _optimizers[optimizer]
+    found = by_name[optimizer]
     names = ("step", *found.algorithm.stored(found.lean))
     entries = [dict(zip(names, state[i : i + len(names)], strict=True)) for i in range(0, len(state), len(names))]
     used = [dict(entry) for entry in entries]  # what has another form than ours is replaced here
@@ -52,7 +38,7 @@ def _(params: list[Tensor], grads: list[Tensor], state: list[Tensor], groups: li
 def _make_ready(name: str) -> None:
     """Runs while ``step`` is traced: state that is missing is made, each tensor of it in memory of its own (the compiler
     copies what shares memory), and step counts go to the parameters' devices."""
-    optimizer = _optimizers[name]
+    optimizer = by_name[name]
     for p in (p for params in optimizer._param_lists for p in params):
         optimizer._counted_on_device |= p.device.type != "cpu"
         if p.grad is not None and not optimizer.state[p]:

@@ -6,8 +6,10 @@ The two classes are at the end; what they share is above them, a step's work in 
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoint, clipping, operators, sharding, warm_start
+from . import backends, checkpoint, clipping, sharding, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
@@ -25,6 +27,10 @@ from .slabs import Slabs
 
 # Outside the groups: a checkpoint must not change it.
 _RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")
+
+
+by_name: weakref.WeakValueDictionary[str, _FusedOptimizer] = weakref.WeakValueDictionary()  # for operators.step_
+_numbers = count()
 
 
 class _FusedOptimizer(Optimizer):
@@ -153,6 +159,8 @@ class _FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
+            from . import operators
+
             operators.trace(self)
         else:
             self._step()
@@ -230,7 +238,8 @@ class _FusedOptimizer(Optimizer):
         self._counted_on_device = False
         self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._grad_norm: float | Tensor | None = None
-        self._name = operators.register(self)
+        self._name = f"{type(self).__name__} {next(_numbers)}"
+        by_name[self._name] = self
 
     # --- Saving and loading -------------------------------------------------------------------------------------------
 

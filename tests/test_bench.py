@@ -89,7 +89,7 @@ class Wrong(adabayes_fused.AdaBayes):
 def wrong(monkeypatch):
     known = contenders.contenders("cpu")
     broken = known["AdaBayes"]._replace(make=lambda params: Wrong(params, batch_size=128))
-    monkeypatch.setattr(case, "contenders", lambda device: known | {"AdaBayes": broken})
+    monkeypatch.setattr(case, "contenders", lambda device, clipped: known | {"AdaBayes": broken})
 
 
 def test_a_wrong_kernel_is_not_timed(wrong):
@@ -111,7 +111,7 @@ def test_a_wrong_kernel_makes_the_exit_status_1(wrong, monkeypatch, tmp_path):
 def test_one_that_stands_still_is_not_timed(monkeypatch):
     known = contenders.contenders("cpu")
     still = known["ivon-opt IVON"]._replace(make=lambda params: torch.optim.SGD(params, lr=0.0))
-    monkeypatch.setattr(case, "contenders", lambda device: known | {still.name: still})
+    monkeypatch.setattr(case, "contenders", lambda device, clipped: known | {still.name: still})
     assert "tensor 0 stood still" in rows_of(still.name)[still.name]["note"]
 
 

@@ -9,6 +9,8 @@ import torch
 from runs import FUSED
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from adabayes_fused.operators import step_
+
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 
 
@@ -183,4 +185,4 @@ def test_the_operator_is_what_it_says(name, lean):
     params = list(model.parameters())
     state = [optimizer.state[p][key].clone() for p in params for key in ("step", *optimizer.algorithm.stored(lean))]
     arguments = ([p.detach() for p in params], [p.grad for p in params], state, [0, 1, 0, 1, 0, 1], optimizer._name)
-    torch.library.opcheck(torch.ops.adabayes_fused.step_, arguments)
+    torch.library.opcheck(step_, arguments)
