@@ -101,8 +101,9 @@ def restore(optimizer: _FusedOptimizer, state_before: dict[Tensor, Any], groups_
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
         group["capturable"] = before["capturable"]
         for name in SCALARS:
-            if isinstance(before.get(name), Tensor) and group.get(name) is not None:
-                group[name] = _stays(before[name], torch.full_like(before[name], float(group[name])), writes)
+            if name in group:
+                group[name] = _option_stays(before.get(name), group[name], writes)
+        group["betas"] = tuple(_option_stays(b, new, writes) for b, new in zip(before["betas"], group["betas"], strict=True))
     absent: set[str] = set()
     slabs = Slabs()
     for group in optimizer.param_groups:
@@ -136,6 +137,13 @@ def _own_entry(optimizer: _FusedOptimizer, p: Tensor, saved: dict[str, Any], sla
     for name, initial in zip(algorithm.stored(optimizer.lean), algorithm.initial, strict=False):
         entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
     return entry
+
+
+def _option_stays(present: Any, loaded: Any, writes: list[tuple[Tensor, Tensor]]) -> Any:
+    """``present``, noted in ``writes``, where it is a tensor; else the loaded value."""
+    if not isinstance(present, Tensor) or loaded is None:
+        return loaded
+    return _stays(present, torch.full_like(present, float(loaded)), writes)
 
 
 def _stays(present: Any, fresh: Tensor, writes: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -6,6 +6,7 @@ One reduction over the gradients (each backend's ``sum_of_squares``); the factor
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,9 +27,11 @@ def reads_gradients_first(optimizer: _FusedOptimizer) -> bool:
 
 
 def check(max_grad_norm: Any, skip_nonfinite: Any) -> None:
-    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    number = isinstance(max_grad_norm, numbers.Real) and not isinstance(max_grad_norm, bool)
     if max_grad_norm is not None and not (number and max_grad_norm > 0):
-        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm!r} (allowed: None, or a number > 0; inf measures only)")
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm!r} (allowed: None, or a number > 0, no tensor; inf measures only)"
+        )
     if not isinstance(skip_nonfinite, bool):
         raise TypeError(f"Invalid skip_nonfinite value: {skip_nonfinite!r} (allowed: True or False)")
 
@@ -70,7 +73,8 @@ def wide(t: Tensor) -> Tensor:
 
 
 def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
-    """The sum of all squared gradients as they are: 0-dim, float64, on an accelerator if any launch is on one."""
+    """The sum of all squared gradients as they are: 0-dim, float64, on an accelerator if any launch is on one. Infinite
+    beyond a norm of 1e154."""
     spread: dict[tuple[Any, ...], list[Tensor]] = {}
     for launch in launches:
         spread.setdefault(launch.groups, []).append(backends.of(optimizer.backend, launch.device).sum_of_squares(launch))
@@ -88,9 +92,9 @@ def norm_and_factor(total: Any, grad_scale: Any, max_grad_norm: float | None) ->
     """The norm of the unscaled gradients, and what to multiply the scaled ones by, from the sum of their squares: floats,
     or 0-dim tensors. A norm that is not finite goes into the factor, as in torch.nn.utils.clip_grad_norm_."""
     norm = total**0.5 / grad_scale
-    if max_grad_norm is None:
+    if max_grad_norm is None or max_grad_norm == math.inf:
         return norm, 1.0 / grad_scale
-    clip = max_grad_norm / (norm + EPSILON)
+    clip = float(max_grad_norm) / (norm + EPSILON)
     if isinstance(clip, Tensor):
         clip = clip.clamp(max=1.0)
     elif clip > 1.0:  # not of a NaN

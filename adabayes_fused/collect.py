@@ -24,7 +24,14 @@ from .sharding import groups_of
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
 
-SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors
+SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors; betas too
+
+
+def tensor_options(group: dict[str, Any]) -> dict[str, Tensor]:
+    """The group's options that are tensors, by name; those in ``betas`` as "betas[0]" and "betas[1]"."""
+    found = [(name, group.get(name)) for name in SCALARS]
+    found += [(f"betas[{i}]", beta) for i, beta in enumerate(group["betas"])]
+    return {name: value for name, value in found if isinstance(value, Tensor)}
 
 
 def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[], None] | None:
@@ -65,8 +72,10 @@ def _collect(
     by_tensor = [p for p in prepared if batch is None or not _add(optimizer, batch, p)]
     launches = [] if batch is None else _launches_of_rows(optimizer, batch)
     launches += _launches_of_tensors(optimizer, by_tensor, scaling.on_device)
-    if batch is not None and clipping.reads_gradients_first(optimizer) and any(x.device.type != "cpu" for x in launches):
-        batch.clear()  # the norm is not the host's to know
+    reads_first = clipping.reads_gradients_first(optimizer)
+    if reads_first and not scaling.on_device and any(launch.device.type != "cpu" for launch in launches):
+        if batch is not None:
+            batch.clear()  # the norm is not the host's to know
         return _collect(optimizer, None, given, scaling._replace(on_device=True), created)
     decided = clipping.decide(optimizer, launches, scaling)
     if decided is None:
@@ -156,8 +165,8 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
     for item in items:
         p, step_device = item.param, item.param.device if on_device else torch.device("cpu")
         if not item.state:
-            created.append(p)
             state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device, optimizer._slabs)
+            created.append(p)
             item = item._replace(state=state[p])
         prepared.append(prepare(item, names, step_device))
     return prepared
@@ -171,12 +180,11 @@ def _check_capture(optimizer: _FusedOptimizer, items: list[Item]) -> None:
         if item.state["step"].device != item.param.device:
             raise RuntimeError(f"{item} has its step count on the CPU: run a step with capturable=True before capturing")
     for g in dict.fromkeys(item.group for item in items):
-        for name in SCALARS:
-            value = optimizer.param_groups[g].get(name)
-            if isinstance(value, Tensor) and value.device.type == "cpu":
+        for name, value in tensor_options(optimizer.param_groups[g]).items():
+            if value.device.type == "cpu":
                 raise RuntimeError(
                     f"{name} of group {g} is a tensor on the CPU, where replays of a CUDA graph would not see it change; "
-                    f'move it to the GPU: optimizer.param_groups[{g}]["{name}"] = {name}.cuda()'
+                    f"move it to the GPU, in optimizer.param_groups[{g}]"
                 )
 
 
