@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .collect import collect
 from .gather import Item
 from .slabs import Slabs
 
+if TYPE_CHECKING:
+    from .release import ReleasedGradients
+
 # Outside the groups: a checkpoint must not change it.
 _RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")
 
@@ -37,6 +40,7 @@ class _FusedOptimizer(Optimizer):
     algorithm: Algorithm
 
     _kept_reader: tuple[Any, Any] | None
+    _released: ReleasedGradients | None
     _skipped: Tensor
     max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
     skip_nonfinite = False
@@ -163,11 +167,14 @@ class _FusedOptimizer(Optimizer):
 
             operators.trace(self)
         else:
+            if self._released is not None:
+                self._released._check_step()
             self._step()
         return loss
 
     def _step(self, given: list[Item] | None = None) -> None:
-        for group in self.param_groups:
+        groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
+        for group in groups:
             check_step(self.algorithm, group)
         clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -208,11 +215,11 @@ class _FusedOptimizer(Optimizer):
     def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
         """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
         once a scalar of a step was known to an accelerator alone, so that nothing ever waits for it."""
-        scalars = (grad_scale, found_inf, *(group["lr"] for group in self.param_groups))
         return (
             self._counted_on_device
-            or any(group["capturable"] for group in self.param_groups)
-            or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
+            or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in (grad_scale, found_inf))
+            or any([group["capturable"] for group in self.param_groups])  # a list: this runs for each released gradient
+            or any([isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu" for group in self.param_groups])
         )
 
     def _reader(self) -> Any:
@@ -232,6 +239,7 @@ class _FusedOptimizer(Optimizer):
     def _forget_run(self) -> None:
         """What is found anew in each process."""
         self._kept_reader = None
+        self._released = None
         self._slabs = Slabs()
         self._state_asked_for = True
         self._kept_alive: list[Tensor] = []
