@@ -79,7 +79,8 @@ class ReleasedGradients:
                 f"given a model none of whose {sum(1 for _ in model.parameters())} parameters is of this "
                 f"{type(optimizer).__name__} (allowed: the model whose parameters the optimizer was given)"
             )
-        # A parameter's hooks are out of the garbage collector's sight: they must not own what owns the parameter.
+        # A parameter's hooks are out of the garbage collector's sight: they must not own what owns the parameter. Once that is
+        # gone they do nothing.
         alive = weakref.ref(self)
 
         def hook(p: Tensor) -> None:
@@ -103,10 +104,6 @@ class ReleasedGradients:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
-
-    def __del__(self) -> None:
-        for hook in getattr(self, "_hooks", ()):
-            hook.remove()
 
     def _find_places(self) -> None:
         groups = enumerate(self._optimizer.param_groups)
