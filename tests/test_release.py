@@ -71,6 +71,26 @@ def test_same_bits_as_step(case, lean, dtype, target, interpreted):
     assert_same(optimizer, expected)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_first_step_at_lr_0(first):
+    """Whichever of the gradients, of which one is zero, comes first: at lr 0 the averages go on."""
+    made = []
+    for _ in range(2):
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+        made.append((params, AdaBayes([{"params": [p]} for p in params], lr=1e-3, batch_size=8)))
+        for group in made[-1][1].param_groups:
+            group["lr"] = 0.0
+    (params, optimizer), (expected_params, expected) = made
+    grads = [torch.zeros(3), torch.ones(3)]
+    release_gradients(nn.ParameterList(params), optimizer)
+    for k in (first, 1 - first):
+        params[k].backward(grads[k])
+    backward(expected_params, grads)
+    expected.step()
+    assert_same(optimizer, expected)
+    assert [float(optimizer.state[p]["step"]) for p in params] == [1.0, 1.0]
+
+
 class Tied(nn.Module):
     """An embedding that is the last layer too, a layer used every other time, buffers, a frozen weight, convolutions."""
 
