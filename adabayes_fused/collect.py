@@ -64,8 +64,10 @@ def _collect(
     if batch is not None and given is not None:
         batch.begin([], True, True)
     items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
+    if given is not None and batch is not None:
+        items = [item for item in given if not _add_item(optimizer, batch, item)]
     prepared = _prepare(optimizer, items, scaling.on_device, created) if items else []
-    if created and _only_makes_state(optimizer, prepared, created):
+    if created and given is None and _only_makes_state(optimizer, prepared, created):
         if batch is not None:
             batch.clear()
         return lambda: None
@@ -114,6 +116,16 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     if len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
     return not any(p.tensors[1].any() for p in prepared)
+
+
+def _add_item(optimizer: _FusedOptimizer, batch: Any, item: Item) -> bool:
+    """Takes it as :func:`_read` would."""
+    names = optimizer.algorithm.stored(optimizer.lean)
+    if clipping.reads_gradients_first(optimizer) or any(name not in item.state for name in ("step", *names)):
+        return False
+    slots = [item.state[name] for name in names]
+    taken: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group)
+    return taken
 
 
 def _add(optimizer: _FusedOptimizer, batch: Any, p: Prepared) -> bool:
@@ -246,7 +258,7 @@ def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor
 
 def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
-    groups = [_scalars(group, float) for group in optimizer.param_groups]
+    groups = {g: _scalars(optimizer.param_groups[g], float) for g in {g for g, _ in keys}}
     return torch.tensor(
         [optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys], dtype=torch.float64, device="cpu"
     )

@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .clipping import Scaling
 from .collect import collect, tensor_options
 from .gather import Item
 from .slabs import Slabs
+
+if TYPE_CHECKING:
+    from .release import ReleasedGradients
 
 # Outside the groups: a checkpoint must not change it.
 _RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")
@@ -40,6 +43,7 @@ class _FusedOptimizer(Optimizer):
     _kept_reader: tuple[Any, Any] | None
     _params: list[Tensor]  # operators.py
     _grad_norm: float | Tensor | None
+    _released: ReleasedGradients | None
     _skipped: Tensor
     max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
     skip_nonfinite = False
@@ -178,12 +182,15 @@ class _FusedOptimizer(Optimizer):
 
             operators.trace(self)
         else:
+            if self._released is not None:
+                self._released._check_step()
             self._step()
         return loss
 
     def _step(self, given: list[Item] | None = None) -> None:
         self._grad_norm = None
-        for group in self.param_groups:
+        groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
+        for group in groups:
             check_step(self.algorithm, group)
         clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -248,6 +255,7 @@ class _FusedOptimizer(Optimizer):
     def _forget_run(self) -> None:
         """What is found anew in each process."""
         self._kept_reader = None
+        self._released = None
         self._slabs = Slabs()
         self._state_asked_for = True
         self._kept_alive: list[Tensor] = []
