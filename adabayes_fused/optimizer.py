@@ -215,12 +215,15 @@ class _FusedOptimizer(Optimizer):
     def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
         """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
         once a scalar of a step was known to an accelerator alone, so that nothing ever waits for it."""
-        return (
-            self._counted_on_device
-            or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in (grad_scale, found_inf))
-            or any([group["capturable"] for group in self.param_groups])  # a list: this runs for each released gradient
-            or any([isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu" for group in self.param_groups])
-        )
+        if self._counted_on_device:
+            return True
+        scalars = [grad_scale, found_inf]
+        for group in self.param_groups:  # of which there may be many, and this runs for each released gradient
+            if group["capturable"]:
+                return True
+            if type(lr := group["lr"]) is not float:
+                scalars.append(lr)
+        return any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
 
     def _reader(self) -> Any:
         """The C++ reader of parameters and state, kept between steps; None where there is none."""
