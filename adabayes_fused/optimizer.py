@@ -231,12 +231,14 @@ class _FusedOptimizer(Optimizer):
     def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
         """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
         once a scalar of a step was known to an accelerator alone, so that nothing ever waits for it."""
-        options = (option for group in self.param_groups for option in tensor_options(group).values())
-        return (
-            self._counted_on_device
-            or any(group["capturable"] for group in self.param_groups)
-            or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in (grad_scale, found_inf, *options))
-        )
+        if self._counted_on_device:
+            return True
+        scalars = [grad_scale, found_inf]
+        for group in self.param_groups:
+            if group["capturable"]:
+                return True
+            scalars += tensor_options(group).values()
+        return any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
 
     def _reader(self) -> Any:
         """The C++ reader of parameters and state, kept between steps; None where there is none."""
