@@ -22,6 +22,13 @@ NEEDS = {
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def code_of(page):
     (block,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
     return block
@@ -36,6 +43,7 @@ def run(page, code, folder, monkeypatch):
         pytest.skip(f"{page} compiles: needs a C++ compiler")
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
+    torch.set_num_threads(1)  # more would wait for each other on a busy machine
     variables = {"__name__": page.replace(".", "_")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the frameworks
@@ -61,17 +69,19 @@ def test_the_loop_learns(page, tmp_path, monkeypatch):
     (optimizer,) = optimizers
     part = len(losses) // 4
     first, last = (sum(some) / part for some in (losses[:part], losses[-part:]))
-    assert 1.5 < first < 2.6  # guessing among ten digits costs log(10) = 2.3
+    assert 1 < first < 2.5  # guessing among ten digits costs log(10) = 2.3
     assert last < first / 3
     counts = {int(optimizer.state[p]["step"]) for group in optimizer.param_groups for p in group["params"]}
     assert len(counts) == 1
     assert min(counts) > 100
-    assert optimizer.param_groups[0]["batch_size"] == 64
+    assert optimizer.param_groups[0]["batch_size"] % 64 == 0  # more where the frameworks find several GPUs
     assert all(group["weight_decay"] == 0.05 for group in optimizer.param_groups if group["params"][0].dim() > 1)
 
 
 def test_the_plain_loop_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    code = code_of("pytorch.md").replace("epochs, batch_size = 6", "epochs, batch_size = 3").replace("torch.compile(model)", "model")
+    code = (
+        code_of("pytorch.md").replace("epochs, batch_size = 6", "epochs, batch_size = 3").replace("torch.compile(model)", "model")
+    )
     shorter = code.replace("epochs, batch_size = 3", "epochs, batch_size = 1")
     assert code != shorter != code_of("pytorch.md")
     whole = run("pytorch.md", code, tmp_path / "whole", monkeypatch)
