@@ -78,16 +78,34 @@ def test_the_loop_learns(page, tmp_path, monkeypatch):
     assert all(group["weight_decay"] == 0.05 for group in optimizer.param_groups if group["params"][0].dim() > 1)
 
 
-def test_the_plain_loop_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    code = (
-        code_of("pytorch.md").replace("epochs, batch_size = 6", "epochs, batch_size = 3").replace("torch.compile(model)", "model")
-    )
-    shorter = code.replace("epochs, batch_size = 3", "epochs, batch_size = 1")
-    assert code != shorter != code_of("pytorch.md")
-    whole = run("pytorch.md", code, tmp_path / "whole", monkeypatch)
-    first = run("pytorch.md", shorter, tmp_path / "parts", monkeypatch)
-    second = run("pytorch.md", code, tmp_path / "parts", monkeypatch)
-    assert first["losses"] + second["losses"] == whole["losses"]
-    assert len(second["losses"]) == 2 * len(first["losses"]) > 0
-    for p, q in zip(second["model"].parameters(), whole["model"].parameters(), strict=True):
+def changed(code, *replacements):
+    for old, new in replacements:
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    return code
+
+
+RESUME = {  # what interrupts each page's loop, and what goes on with other initial weights: None, the page as it is
+    "pytorch.md": ([("epochs, batch_size = 6", "epochs, batch_size = 2")], []),
+    "huggingface.md": (None, [("trainer.train()", 'trainer.train(resume_from_checkpoint="out/checkpoint-56")')]),
+    "accelerate.md": (
+        [("range(6)", "range(2)")],
+        [("range(6)", "range(2, 6)"), ("losses = []", 'losses = []\naccelerator.load_state("checkpoint")')],
+    ),
+}
+
+
+@pytest.mark.parametrize("page", RESUME)
+def test_the_loop_goes_on_where_it_was_interrupted(page, tmp_path, monkeypatch):
+    interrupt, resume = RESUME[page]
+    code = code_of(page).replace("torch.compile(model)", "model")
+    whole = run(page, code, tmp_path / "whole", monkeypatch)
+    folder = "whole"
+    if interrupt is not None:
+        folder = "parts"
+        run(page, changed(code, *interrupt), tmp_path / folder, monkeypatch)
+    rest = changed(code, ("torch.manual_seed(0)", "torch.manual_seed(1)"), *resume)
+    last = run(page, rest, tmp_path / folder, monkeypatch)
+    assert last["losses"][-20:] == whole["losses"][-20:]
+    for p, q in zip(last["model"].parameters(), whole["model"].parameters(), strict=True):
         assert torch.equal(p, q)
