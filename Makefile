@@ -10,7 +10,7 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
-test_extras := demo,bench,test
+test_extras := demo,bench,test,frameworks
 bench_extras := bench
 lint_extras := dev
 
