@@ -74,11 +74,10 @@ def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
     spread: dict[tuple[Any, ...], list[Tensor]] = {}
     for launch in launches:
         spread.setdefault(launch.groups, []).append(backends.of(optimizer.backend, launch.device).sum_of_squares(launch))
-    sums = [summed(_total(parts), groups) for groups, parts in spread.items()]
-    return _total(sums)
+    return total(summed({groups: total(parts) for groups, parts in spread.items()}))
 
 
-def _total(sums: list[Tensor]) -> Tensor:
+def total(sums: list[Tensor]) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     home = next((s for s in sums if s.device.type != "cpu"), zero)
     return torch.stack([s.to(home, non_blocking=True) for s in (zero, *sums)]).sum()
