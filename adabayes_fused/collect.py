@@ -37,6 +37,8 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
 
     Returns: the function that counts the step and updates; None where gradients are not finite and that skips the step.
     """
+    if clipping.reads_gradients_first(optimizer) and (optimizer._grad_norm is None or optimizer._state_asked_for):
+        clipping.check_whole(optimizer)
     created: list[Tensor] = []
     batch = None if scaling.on_device else optimizer._reader()
     run = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from .algorithms import ADABAYES_FP
 from .optimizer import _FusedOptimizer
 from .posterior import Reading, check_optimizer
+from .sharding import whole
 
 EVEN = 2.0 / (1.0 + math.sqrt(5.0))  # sigma^2_post / sigma^2 at Eq. 20 where eta / sqrt(<g^2>) = sigma^2
 
@@ -89,7 +90,7 @@ def _sums(reading: Reading) -> Tensor | None:
         return None
     sgd_like, adam_like = (regime.sum(dtype=reading.dtype) for regime in _regimes(reading))
     sums = [sgd_like.new_full((), reading.values), sgd_like, adam_like, _distance(reading)]
-    return torch.stack(sums).mul_(reading.step > 0)
+    return whole(torch.stack(sums)).mul_(reading.step > 0)
 
 
 def _regimes(reading: Reading) -> tuple[Tensor, Tensor]:

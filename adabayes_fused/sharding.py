@@ -32,6 +32,11 @@ def local(t: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # a collective that is still under way
 
 
+def whole(t: Tensor) -> Tensor:
+    """``t`` with the parts of all processes, which all must ask; of a plain tensor itself."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined, no-any-return, unused-ignore]
+
+
 def like(p: Tensor, part: Tensor) -> Tensor:
     """``part``, shaped like the local part of ``p``, as what ``p`` is: a DTensor of the same mesh and placements."""
     if not is_sharded(p):
@@ -46,7 +51,7 @@ def placed_like(p: Tensor, t: Tensor) -> Tensor:
     the part that is here. What has the shape of that part already is taken for it."""
     here, wanted = spec_of(t), spec_of(p)
     if wanted is None:
-        return t if here is None else t.full_tensor()  # type: ignore[attr-defined]
+        return whole(t)
     if here is not None:
         same = here.placements == wanted.placements and here.mesh == wanted.mesh
         return t if same else t.redistribute(wanted.mesh, wanted.placements)  # type: ignore[attr-defined]
