@@ -36,6 +36,17 @@ def check(max_grad_norm: Any, skip_nonfinite: Any) -> None:
         raise TypeError(f"Invalid skip_nonfinite value: {skip_nonfinite!r} (allowed: True or False)")
 
 
+def check_whole(optimizer: _FusedOptimizer) -> None:
+    """Raises where gradients are parts of which nothing tells who has the others: of FSDP1's flat parameters."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    if any(getattr(p, "_fsdp_flattened", False) for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite would see this process's part of FullyShardedDataParallel's gradients alone; "
+            "call the model's clip_grad_norm_ before step(), or shard it with fully_shard (FSDP2), whose norm is over all parts"
+        )
+
+
 class Scaling(NamedTuple):
     """What is known of a step's gradients before they are looked at. ``on_device``: it may be on an accelerator alone, so
     that nothing here is ever read by the host; else both are numbers, and a step with ``found_inf`` does not get here."""
@@ -78,11 +89,10 @@ def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
     spread: dict[tuple[Any, ...], list[Tensor]] = {}
     for launch in launches:
         spread.setdefault(launch.groups, []).append(backends.of(optimizer.backend, launch.device).sum_of_squares(launch))
-    sums = [summed(_total(parts), groups) for groups, parts in spread.items()]
-    return _total(sums)
+    return total(summed({groups: total(parts) for groups, parts in spread.items()}))
 
 
-def _total(sums: list[Tensor]) -> Tensor:
+def total(sums: list[Tensor]) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     home = next((s for s in sums if s.device.type != "cpu"), zero)
     return torch.stack([s.to(home, non_blocking=True) for s in (zero, *sums)]).sum()

@@ -19,7 +19,7 @@ from .backends import native
 from .backends.launch import WORDS, Launch
 from .clipping import Scaling
 from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
-from .sharding import groups_of
+from .sharding import groups_of, spec_of, summed
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
@@ -44,6 +44,8 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
 
     Returns: the function that counts the step and updates; None where gradients are not finite and that skips the step.
     """
+    if clipping.reads_gradients_first(optimizer) and (optimizer._grad_norm is None or optimizer._state_asked_for):
+        clipping.check_whole(optimizer)
     created: list[Tensor] = []
     batch = None if scaling.on_device else optimizer._reader()
     run = None
@@ -62,7 +64,7 @@ def _collect(
     optimizer: _FusedOptimizer, batch: Any, given: list[Item] | None, scaling: Scaling, created: list[Tensor]
 ) -> Callable[[], None] | None:
     if batch is not None and given is not None:
-        batch.begin([], True, True)
+        batch.begin([], True, clipping.reads_gradients_first(optimizer))
     items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
     if given is not None and batch is not None:
         items = [item for item in given if not _add_item(optimizer, batch, item)]
@@ -115,7 +117,11 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
         return False
     if len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    return not any(p.tensors[1].any() for p in prepared)
+    # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
+    nonzero: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p in prepared:
+        nonzero.setdefault(groups_of(spec_of(p.param)), []).append(p.tensors[1].any())
+    return not any(summed({groups: clipping.total(found) for groups, found in nonzero.items()}))
 
 
 def _add_item(optimizer: _FusedOptimizer, batch: Any, item: Item) -> bool:
@@ -129,9 +135,7 @@ def _add_item(optimizer: _FusedOptimizer, batch: Any, item: Item) -> bool:
 
 
 def _add(optimizer: _FusedOptimizer, batch: Any, p: Prepared) -> bool:
-    if clipping.reads_gradients_first(optimizer) and groups_of(p.param):
-        return False
-    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
+    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group, spec_of(p.param))
     return taken
 
 
@@ -149,8 +153,8 @@ def _unread(optimizer: _FusedOptimizer) -> list[Item]:
 def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     """Fills ``batch``; returns the parameters it leaves to Python."""
     look = optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE
-    # A norm sums what is spread over processes apart from what each has whole: these launches are made in Python.
-    batch.begin(optimizer._slabs.all, look, not clipping.reads_gradients_first(optimizer))
+    # A norm sums what is spread over processes apart from what each has whole.
+    batch.begin(optimizer._slabs.all, look, clipping.reads_gradients_first(optimizer))
     optimizer._state_asked_for = False
     state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
@@ -212,8 +216,9 @@ def _launches_of_rows(optimizer: _FusedOptimizer, batch: Any) -> list[Launch]:
             keys,
             address=address,
             count=count,
+            groups=groups_of(spec),
         )
-        for device_type, index, param_dtype, grad_dtype, address, count in batch.buckets()
+        for device_type, index, param_dtype, grad_dtype, address, count, spec in batch.buckets()
     ]
 
 
@@ -221,7 +226,7 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
     buckets: dict[tuple[Any, ...], list[Prepared]] = {}
     for p in prepared:
         param, grad = p.tensors[:2]
-        groups = groups_of(p.param) if clipping.reads_gradients_first(optimizer) else ()
+        groups = groups_of(spec_of(p.param)) if clipping.reads_gradients_first(optimizer) else ()
         buckets.setdefault((param.device, param.dtype, grad.dtype, groups), []).append(p)
     launches = []
     for (device, param_dtype, grad_dtype, groups), members in buckets.items():

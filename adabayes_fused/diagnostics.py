@@ -12,7 +12,7 @@ from torch import Tensor
 from .algorithms import ADABAYES_FP
 from .optimizer import _FusedOptimizer
 from .posterior import Reading, check_optimizer
-from .sharding import groups_of, summed
+from .sharding import groups_of, spec_of, summed
 
 EVEN = 2.0 / (1.0 + math.sqrt(5.0))  # sigma^2_post / sigma^2 at Eq. 20 where eta / sqrt(<g^2>) = sigma^2
 
@@ -89,7 +89,7 @@ def _sums(reading: Reading) -> Tensor | None:
     """(4,): how many weights here have taken a step, are SGD-like, are Adam-like; their distances' sum. None without state."""
     if not reading.state:
         # Where other processes have parts too, each takes its place in the sum over them.
-        return torch.zeros(4, dtype=reading.dtype, device=reading.device) if groups_of(reading.param) else None
+        return torch.zeros(4, dtype=reading.dtype, device=reading.device) if groups_of(spec_of(reading.param)) else None
     sgd_like, adam_like = (regime.sum(dtype=reading.dtype) for regime in _regimes(reading))
     sums = [sgd_like.new_full((), reading.values), sgd_like, adam_like, _distance(reading)]
     return torch.stack(sums).mul_(reading.step > 0)
@@ -116,11 +116,13 @@ def _over_processes(found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     sums = [here for _, here in found]
     spread: dict[tuple[Any, ...], list[int]] = {}
     for i, (p, _) in enumerate(found):
-        spread.setdefault((groups_of(p), p.device), []).append(i)
-    for (groups, _), members in spread.items():
-        if groups:
-            for i, total in zip(members, summed(torch.stack([sums[i] for i in members]), groups), strict=True):
-                sums[i] = total
+        if groups := groups_of(spec_of(p)):
+            spread.setdefault(groups, []).append(i)
+    totals = {groups: torch.stack([sums[i] for i in members]) for groups, members in spread.items()}
+    summed(totals)  # in place
+    for groups, members in spread.items():
+        for i, total in zip(members, totals[groups], strict=True):
+            sums[i] = total
     return sums
 
 
