@@ -130,7 +130,7 @@ def _add_item(optimizer: _FusedOptimizer, batch: Any, item: Item) -> bool:
     if clipping.reads_gradients_first(optimizer) or any(name not in item.state for name in ("step", *names)):
         return False
     slots = [item.state[name] for name in names]
-    taken: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group)
+    taken: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group, None)
     return taken
 
 
