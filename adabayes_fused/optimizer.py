@@ -349,6 +349,7 @@ class AdaBayes(_FusedOptimizer):
         fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
             the scaler, for Lightning's clipping and Accelerate's fp16.
         max_grad_norm: clip the 2-norm of all gradients to this, within ``step``; ``p.grad`` stays as it is. inf measures only.
+            Over all parts of DTensors; under ZeroRedundancyOptimizer over this process's share alone.
         skip_nonfinite: a step with a gradient that is not finite changes nothing.
 
     State per parameter: ``step``, a 0-dim float32 tensor; ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
