@@ -83,12 +83,13 @@ PyObject* grad_of(PyObject* param) {
   return getter->get(param, getter->closure);
 }
 
-// Of two DTensors' specs, whether they are one mesh and the same placements on it.
-bool same_placement(py::handle a, py::handle b) {
+// Of two DTensors' specs, whether they are the same placements on a mesh of the same processes, or, if `one_mesh`, on one mesh:
+// others of the same processes may have process groups of their own.
+bool same_placement(py::handle a, py::handle b, bool one_mesh) {
   static PyObject *const mesh = PyUnicode_InternFromString("mesh"), *const placements = PyUnicode_InternFromString("placements");
   if (a.is(b)) return true;
   const py::object mesh_a = a.attr(mesh), mesh_b = b.attr(mesh);
-  return (mesh_a.is(mesh_b) || mesh_a.equal(mesh_b)) && a.attr(placements).equal(b.attr(placements));
+  return (mesh_a.is(mesh_b) || (!one_mesh && mesh_a.equal(mesh_b))) && a.attr(placements).equal(b.attr(placements));
 }
 
 py::object spec_of(PyObject* dtensor) {
@@ -151,14 +152,14 @@ py::object Batch::part_of(PyObject* tensor, PyObject* placed_like) const {
   const bool sharded = Py_TYPE(tensor) == dtensor_type_;
   if (sharded != (Py_TYPE(placed_like) == dtensor_type_)) return {};
   if (!sharded) return py::reinterpret_borrow<py::object>(tensor);
-  if (tensor != placed_like && !same_placement(spec_of(tensor), spec_of(placed_like))) return {};
+  if (tensor != placed_like && !same_placement(spec_of(tensor), spec_of(placed_like), false)) return {};
   return py::handle(tensor).attr(local);
 }
 
 int Batch::index_of(const py::object& spec) {
   if (!apart_ || !spec || spec.is_none()) return -1;
   for (size_t k = 0; k < specs_.size(); ++k)
-    if (same_placement(specs_[k], spec)) return int(k);
+    if (same_placement(specs_[k], spec, true)) return int(k);
   specs_.push_back(spec);
   return int(specs_.size()) - 1;
 }

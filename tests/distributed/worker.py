@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -284,21 +284,21 @@ def run_in(context, f):
 
 
 def case_mixed_paths():
-    """One model's gradients have gaps in one process alone, so that there the other model's are read first: nobody waits."""
-    nets = [sharded(), sharded(mesh=init_device_mesh("cpu", (1, world()), mesh_dim_names=("replicate", "shard")))]
-    params = [p for net in nets for p in (net.a.weight, net.b.weight)]
-    optimizer = make("AdaBayesFP", params, **CLIP)
-    twin_params = [nn.Parameter(whole(p.detach())) for p in params]
-    twin = make("AdaBayesFP", twin_params, **CLIP)
-    for t in range(3):
-        for net in nets:
-            backward(net, batch(t))
-        for p, q in zip(params, twin_params, strict=True):
-            q.grad = whole(p.grad)
-        if rank() == 0:
-            for p in params[:2]:
-                part = p.grad._local_tensor
-                p.grad._local_tensor = torch.stack([part, part], -1)[..., 0]
+    """Of parameters sharded over rows and over columns of four processes, one's gradients have gaps in two processes alone, so
+    that there the other's are read first: nobody waits for those who wait for him, and each sum is over its group."""
+    mesh = init_device_mesh("cpu", (2, world() // 2), mesh_dim_names=("a", "b"))
+    places = [Shard(0), Replicate()], [Replicate(), Shard(0)]
+    torch.manual_seed(0)
+    twin_params = [nn.Parameter(torch.randn(5, 3)) for _ in places]
+    params = [nn.Parameter(distribute_tensor(p.detach(), mesh, at)) for p, at in zip(twin_params, places, strict=True)]
+    optimizer, twin = make("AdaBayesFP", params, **CLIP), make("AdaBayesFP", twin_params, **CLIP)
+    for _ in range(3):
+        for p, q, at in zip(params, twin_params, places, strict=True):
+            q.grad = torch.randn(5, 3)
+            p.grad = distribute_tensor(q.grad, mesh, at)
+        if rank() in (0, 3):
+            part = params[0].grad._local_tensor
+            params[0].grad._local_tensor = torch.stack([part, part], -1)[..., 0]
         optimizer.step()
         twin.step()
     return {"twin": difference(params, twin_params), "norm": abs(optimizer.grad_norm.item() / twin.grad_norm.item() - 1)}
@@ -505,7 +505,6 @@ class Block(nn.Module):
 
 
 def parallel(mesh):
-    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         PrepareModuleInput,
