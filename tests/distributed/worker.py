@@ -476,8 +476,10 @@ def case_zero():
             loaded.load_state_dict(saved[0])
             train(net, optimizer, range(10, 15))
             train(other, loaded, range(10, 15))
-            kept = [v for entry in optimizer.optim.state.values() for v in entry.values()]
-            again = [v for entry in loaded.optim.state.values() for v in entry.values()]
+            kept, again = (
+                [v for group in one.optim.param_groups for p in group["params"] for v in one.optim.state[p].values()]
+                for one in (optimizer, loaded)  # in the order of parameters: loading has another
+            )
             found[f"{name}, view {view}"] = {
                 "single": after,
                 "lr": inner_lr,
