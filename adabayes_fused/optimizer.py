@@ -74,6 +74,8 @@ class _FusedOptimizer(Optimizer):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         for key in param_group.keys() - self.defaults.keys() - {"params", "r", "first_prior"}:
             if key in _RUN_POLICY:
+                if param_group[key] == getattr(self, key):  # repeated, as ZeroRedundancyOptimizer does
+                    continue
                 raise ValueError(
                     f"{key} is an option of the whole optimizer, not of a parameter group; give it to the constructor"
                 )

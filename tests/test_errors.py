@@ -87,7 +87,7 @@ def test_batch_size_is_required():
 @pytest.mark.parametrize("option", ["lean", "backend", "fused_unscale", "max_grad_norm", "skip_nonfinite"])
 def test_an_option_of_the_whole_optimizer_in_a_group(option):
     with pytest.raises(ValueError, match=f"{option} is an option of the whole optimizer, not of a parameter group"):
-        FUSED["AdaBayesFP"]([{"params": [torch.nn.Parameter(torch.ones(2))], option: None}])
+        FUSED["AdaBayesFP"]([{"params": [torch.nn.Parameter(torch.ones(2))], option: "other"}])
 
 
 def test_memory_that_runs_out_while_state_is_made(monkeypatch):
