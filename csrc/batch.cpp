@@ -217,10 +217,11 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
   bool ours = state.entry && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
   dlpack::Tensor s;
   for (size_t k = 0; k < slots_.size(); ++k) {
+    ours = ours && Py_REFCNT(state.slots[k]) == 1;  // before `slot` is one more
     const py::object slot = part_of(state.slots[k], param);
     if (!slot || !describe(slot.ptr(), s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
     kept.slot[k] = address_of(s);
-    ours = ours && Py_REFCNT(state.slots[k]) == 1 && in_slab(kept.slot[k]);
+    ours = ours && in_slab(kept.slot[k]);
   }
   if (!describe(state.step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
   kept.step = reinterpret_cast<float*>(address_of(s));
