@@ -132,7 +132,7 @@ void Batch::clear() {
 
 void Batch::reset() {
   for (Launch& launch : launches_) launch.rows.clear();
-  position_ = 0;
+  position_ = looked_at_ = 0;
   specs_.clear();
   counts_.clear(), keys_.clear(), key_index_.clear(), grads_.clear();
 }
@@ -245,6 +245,7 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::obj
   const bool known = kept.ours && !look_ && kept.param == param && is_at(kept.place, p, *param_dtype);
   State state;
   if (!known && (!dense(p) || !find_state(state) || !look_at(kept, param, p, *param_dtype, state))) return false;
+  looked_at_ += !known;
   Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1)};
   std::copy_n(kept.slot, kMaxSlots, row.slot);
   if (apart_ && Py_TYPE(param) == dtensor_type_) spec = spec_of(param);

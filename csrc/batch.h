@@ -45,6 +45,9 @@ class Batch {
   // Raises every step count; what `read` and `add` took has been updated.
   void count_step();
 
+  // How many parameters' state had to be looked at in this step.
+  int64_t looked_at() const { return looked_at_; }
+
   // Lets go of the gradients.
   void release();
 
@@ -98,6 +101,7 @@ class Batch {
   std::unordered_map<uint64_t, int64_t> key_index_;
   std::vector<std::pair<int64_t, int64_t>> slabs_, sorted_slabs_;  // first address, and the one after the last
   bool look_ = true;
+  int64_t looked_at_ = 0;
   std::vector<Kept> kept_;  // by position in the optimizer's groups
   size_t position_ = 0;
   std::vector<py::object> grads_;  // which another thread could free while the lock is released

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_native, m) {
       .def("coefficient_keys", &Batch::coefficient_keys)
       .def("buckets", &Batch::buckets)
       .def("count_step", &Batch::count_step)
+      .def("looked_at", &Batch::looked_at)
       .def("release", &Batch::release);
 
   m.def("cpu_isas", &cpu_isas);

@@ -347,3 +347,20 @@ def test_loading_keeps_what_others_put_into_the_state():
     optimizer.state[p]["average"] = torch.ones(5)
     optimizer.load_state_dict(optimizer.state_dict())
     assert torch.equal(optimizer.state[p]["average"], torch.ones(5))
+
+
+def test_state_that_nobody_else_holds_is_looked_at_once():
+    """What makes a thousand small tensors fast; ``bench`` has the figure."""
+    params = [torch.nn.Parameter(torch.ones(16)) for _ in range(50)]
+    optimizer = make("AdaBayes", params, "cpp")
+    found = []
+    for t in range(6):
+        for p in params:
+            p.grad = torch.ones(16)
+        if t == 3:
+            assert len(optimizer.state) == 50
+        held = optimizer.state[params[0]] if t == 4 else None
+        optimizer.step()
+        found.append(optimizer._kept_reader[1].looked_at())
+    assert held is None
+    assert found == [50, 50, 0, 50, 50, 1]  # made; first seen; asked for; asked for and one held; that one
