@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .algorithms import ADABAYES, ALGORITHMS, complete_group
-from .collect import SCALARS
 from .gather import new_slot, new_step, own_copy
+from .scalars import SCALARS
 from .sharding import is_sharded, local
 from .slabs import Slabs
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.launch import Launch
+from .scalars import on, wide
 from .sharding import summed
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def decide(optimizer: _FusedOptimizer, launches: list[Launch], scaling: Scaling)
     has seen that they are not finite, and that skips the step."""
     grad_scale, found_inf, on_device = scaling
     if isinstance(grad_scale, Tensor):
-        grad_scale = wide(grad_scale)
+        grad_scale = on(grad_scale.device, grad_scale, wide(grad_scale.device))
     if not reads_gradients_first(optimizer):
         return 1.0 / grad_scale, found_inf
     total: Any = square_sum(optimizer, launches)
@@ -72,15 +73,10 @@ def decide(optimizer: _FusedOptimizer, launches: list[Launch], scaling: Scaling)
     optimizer._grad_norm, factor = norm_and_factor(total, grad_scale, optimizer.max_grad_norm)
     if optimizer.skip_nonfinite and on_device:
         overflow = (~torch.isfinite(total)).float()
-        found_inf = overflow if found_inf is None else overflow + found_inf.detach().reshape(()).to(overflow, non_blocking=True)
+        found_inf = overflow if found_inf is None else overflow + on(total.device, found_inf, torch.float32)
     elif optimizer.skip_nonfinite and not math.isfinite(total):
         return None
     return factor, found_inf
-
-
-def wide(t: Tensor) -> Tensor:
-    """A one-element tensor as a 0-dim one of float64, of float32 where the device has no other."""
-    return t.detach().reshape(()).to(torch.float32 if t.device.type == "mps" else torch.float64)
 
 
 def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:

@@ -19,19 +19,11 @@ from .backends import native
 from .backends.launch import WORDS, Launch
 from .clipping import Scaling
 from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
+from .scalars import on, scalars, tensor_options, wide
 from .sharding import groups_of, spec_of, summed
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
-
-SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors; betas too
-
-
-def tensor_options(group: dict[str, Any]) -> dict[str, Tensor]:
-    """The group's options that are tensors, by name; those in ``betas`` as "betas[0]" and "betas[1]"."""
-    found = [(name, group.get(name)) for name in SCALARS]
-    found += [(f"betas[{i}]", beta) for i, beta in enumerate(group["betas"])]
-    return {name: value for name, value in found if isinstance(value, Tensor)}
 
 
 def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[], None] | None:
@@ -44,7 +36,7 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
 
     Returns: the function that counts the step and updates; None where gradients are not finite and that skips the step.
     """
-    if clipping.reads_gradients_first(optimizer) and (optimizer._grad_norm is None or optimizer._state_asked_for):
+    if clipping.reads_gradients_first(optimizer):
         clipping.check_whole(optimizer)
     created: list[Tensor] = []
     batch = None if scaling.on_device else optimizer._reader()
@@ -63,11 +55,10 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
 def _collect(
     optimizer: _FusedOptimizer, batch: Any, given: list[Item] | None, scaling: Scaling, created: list[Tensor]
 ) -> Callable[[], None] | None:
-    if batch is not None and given is not None:
-        batch.begin([], True, clipping.reads_gradients_first(optimizer))
-    items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
-    if given is not None and batch is not None:
-        items = [item for item in given if not _add_item(optimizer, batch, item)]
+    if given is None:
+        items = _unread(optimizer) if batch is None else _read(optimizer, batch)
+    else:
+        items = given if batch is None else _read_given(optimizer, batch, given)
     prepared = _prepare(optimizer, items, scaling.on_device, created) if items else []
     if created and given is None and _only_makes_state(optimizer, prepared, created):
         if batch is not None:
@@ -87,7 +78,7 @@ def _collect(
     factor, found_inf = decided
     _set_coefficients(optimizer, launches, factor)
     for launch in launches:
-        launch.found_inf = _on(launch.device, found_inf, torch.float32)
+        launch.found_inf = on(launch.device, found_inf, torch.float32)
     runs = [backends.of(optimizer.backend, launch.device).prepare(launch) for launch in launches]
 
     def run() -> None:
@@ -124,16 +115,6 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     return not any(summed({groups: clipping.total(found) for groups, found in nonzero.items()}))
 
 
-def _add_item(optimizer: _FusedOptimizer, batch: Any, item: Item) -> bool:
-    """Takes it as :func:`_read` would."""
-    names = optimizer.algorithm.stored(optimizer.lean)
-    if clipping.reads_gradients_first(optimizer) or any(name not in item.state for name in ("step", *names)):
-        return False
-    slots = [item.state[name] for name in names]
-    taken: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group, None)
-    return taken
-
-
 def _add(optimizer: _FusedOptimizer, batch: Any, p: Prepared) -> bool:
     taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group, spec_of(p.param))
     return taken
@@ -158,6 +139,21 @@ def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     optimizer._state_asked_for = False
     state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
+
+
+def _read_given(optimizer: _FusedOptimizer, batch: Any, given: list[Item]) -> list[Item]:
+    """Fills ``batch`` with these; returns those it leaves to Python."""
+    names = optimizer.algorithm.stored(optimizer.lean)
+    batch.begin([], True, clipping.reads_gradients_first(optimizer))
+
+    def taken(item: Item) -> bool:
+        if any(name not in item.state for name in ("step", *names)):
+            return False
+        slots = [item.state[name] for name in names]
+        known: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group, None)
+        return known
+
+    return [item for item in given if not taken(item)]
 
 
 def _references(owner: Any) -> int:
@@ -263,7 +259,7 @@ def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor
 
 def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
-    groups = {g: _scalars(optimizer.param_groups[g], float) for g in {g for g, _ in keys}}
+    groups = {g: scalars(optimizer.param_groups[g], float) for g in {g for g, _ in keys}}
     return torch.tensor(
         [optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys], dtype=torch.float64, device="cpu"
     )
@@ -274,34 +270,20 @@ def _device_coefficients(
 ) -> Tensor:
     """One row for each (group, step count before this step), computed on the device (in float64 where it has it) and never
     waited for."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = wide(device)
     steps = torch.stack([step for _, step in keys]).to(dtype) + 1
     rows = torch.empty(len(keys), WORDS, dtype=dtype, device=device)
     for g in dict.fromkeys(g for g, _ in keys):
         at = [i for i, key in enumerate(keys) if key[0] == g]
-        group = _scalars(optimizer.param_groups[g], lambda t: _on(device, t, dtype))
+        group = scalars(optimizer.param_groups[g], lambda t: on(device, t, dtype))
         start, stop = at[0], at[-1] + 1  # keys come in the groups' order
-        for column, value in enumerate(optimizer.algorithm.coefficients(group, steps[start:stop], _on(device, factor, dtype))):
+        for column, value in enumerate(optimizer.algorithm.coefficients(group, steps[start:stop], on(device, factor, dtype))):
             rows[start:stop, column] = value
     return rows
-
-
-def _scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The group with ``convert`` applied to every hyper-parameter that is a number or a one-element tensor."""
-    found = {name: convert(group[name]) for name in SCALARS if group.get(name) is not None}
-    return {**group, **found, "betas": tuple(map(convert, group["betas"]))}
-
-
-def _on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
-    """A one-element tensor there, as a 0-dim tensor of ``dtype``, waited for only where the CPU is to read it; None as it
-    is; another number as a float."""
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
-    return None if value is None else float(value)
 
 
 def _count(prepared: list[Prepared], found_inf: Any) -> None:
     """Raises the step counts by one, but for steps that ``found_inf`` skips."""
     for device in dict.fromkeys(p.step.device for p in prepared):
         steps = [p.step for p in prepared if p.step.device == device]
-        torch._foreach_add_(steps, 1 if found_inf is None else (_on(device, found_inf, torch.float32) == 0).float())
+        torch._foreach_add_(steps, 1 if found_inf is None else (on(device, found_inf, torch.float32) == 0).float())

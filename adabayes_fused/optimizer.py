@@ -22,8 +22,9 @@ from . import backends, checkpoint, clipping, sharding, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
-from .collect import collect, tensor_options
+from .collect import collect
 from .gather import Item
+from .scalars import tensor_options
 from .slabs import Slabs
 
 if TYPE_CHECKING:
@@ -184,13 +185,13 @@ class _FusedOptimizer(Optimizer):
 
             operators.trace(self)
         else:
-            if self._released is not None:
-                self._released._check_step()
             self._step()
         return loss
 
     def _step(self, given: list[Item] | None = None) -> None:
         self._grad_norm = None
+        if given is None and self._released is not None:
+            self._released._check_step()
         groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
         for group in groups:
             check_step(self.algorithm, group)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, adabayes_fp_coefficients, variance_units
-from .collect import _on, _scalars
 from .gather import as_real, state_dtype
 from .optimizer import _FusedOptimizer
+from .scalars import on, scalars, wide
 from .sharding import like, local, placed_like
 
 
@@ -84,16 +84,16 @@ class Reading:
     tensor on the parameter's device."""
 
     def __init__(self, optimizer: _FusedOptimizer, group: dict[str, Any], p: Tensor) -> None:
-        self.device, self.dtype = p.device, torch.float32 if p.device.type == "mps" else torch.float64
+        self.device, self.dtype = p.device, wide(p.device)
         self.param, self.values = p, local(p).numel() * (2 if p.is_complex() else 1)
         self.algorithm, self.lean = optimizer.algorithm, optimizer.lean
-        self.group = _scalars(group, self._scalar)
+        self.group = scalars(group, self._scalar)
         self.state: Mapping[str, Any] = optimizer.state.get(p) or {}
         self.step = self._scalar(self.state.get("step", 0))
 
     def _scalar(self, value: Any) -> Any:
         known = _number(value)
-        return _on(self.device, value, self.dtype) if known is None else known
+        return on(self.device, value, self.dtype) if known is None else known
 
     def keeps(self, name: str) -> bool:
         return name in self.algorithm.stored(self.lean)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, variance_units
 from .checkpoint import check_entry
-from .collect import _scalars
 from .gather import as_real
+from .scalars import scalars
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
@@ -72,7 +72,7 @@ def _entry(algorithm: Algorithm, group: dict[str, Any], betas: Any, i: Any, p: T
 def _variances(group: dict[str, Any], betas: Any, step: float, exp_avg_sq: Tensor) -> dict[str, Tensor]:
     """``post_var`` at the fixed point for gradients of this mean square, Eq. 20, and ``prior_var`` one drift later, Eq. 16b;
     in float64, in the units of AdaBayes's state, shaped like ``exp_avg_sq``."""
-    group = _scalars({**group, "betas": betas, "eps": 0.0}, float)
+    group = scalars({**group, "betas": betas, "eps": 0.0}, float)
     *_, a, debias2, _ = ADABAYES_FP.coefficients(group, step)
     *_, forget, drift = ADABAYES.coefficients(group, step)
     sigma_sq = variance_units(group)[1] or 1.0  # the literal one, where lr is 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..scalars import wide
 from .launch import Launch
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -87,7 +88,7 @@ def _lerp(average: Tensors, value: Tensors, weight: Any) -> None:
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
-    dtype = torch.float32 if launch.device.type == "mps" else torch.float64
+    dtype = wide(launch.device)
     grads = [tensors[1] for tensors in launch.tensors if tensors[1].numel()]
     if not grads:
         return torch.zeros((), dtype=dtype, device=launch.device)
