@@ -1,8 +1,8 @@
 """What ``torch.compile`` sees of a step: one operator that changes the parameters in place.
 
 The operator runs an eager step, so the graph holds no option, no state and no rule: a schedule compiles nothing anew, the
-bits are an eager step's, and compilation takes no longer for more state. The graph is broken before and after it: what a
-compiled function has written to ``param_groups`` by then is written, and what it reads after it is there.
+bits are an eager step's, and compilation takes no longer for more state. ``look`` breaks the graph, which gives the step one
+of its own: what a compiled function has written to ``param_groups`` by then is written, and what it reads after it is there.
 
 Imported when a step is traced: it brings in the compiler, which takes seconds.
 """
@@ -50,4 +50,3 @@ def trace(optimizer: _FusedOptimizer) -> None:
     look(optimizer)
     if optimizer._params:
         torch.ops.adabayes_fused.step_(optimizer._params, [p.grad for p in optimizer._params], optimizer._name)
-    torch._dynamo.graph_break()
