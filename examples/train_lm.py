@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 examples/train_lm.py text.txt --output runs/lm
     python examples/train_lm.py text.txt --output runs/lm
 
-Processes talk over NCCL where there are GPUs, else over gloo. However a run was ended, while saving too, the same command
-goes on from its last checkpoint and ends with the weights of a run that nobody disturbed, bit for bit on the same machine.
+Processes talk over NCCL where there are GPUs, else over gloo. Whenever it was killed, while it saved too, the same command
+goes on from the last checkpoint and ends with the weights of a run that nobody disturbed, bit for bit on the same machine.
 With ``torchrun --max-restarts 3`` torchrun gives that command itself. ``tensorboard --logdir runs`` shows the curves.
 """
 
@@ -35,13 +35,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils.tensorboard import SummaryWriter
 
 from adabayes_fused import AdaBayes, AdaBayesFP, diagnostics
 
-HEAD = 32  # the width of an attention head
+NUMBERS = {
+    "lr": (1e-3, "learning rate, after the warm-up"), "sgd_lr": (0.1, "AdaBayes's"), "max_grad_norm": (1.0, "gradients' norm"),
+    "steps": (1000, "steps"), "warmup": (100, "steps in which lr rises from 0"), "accumulate": (1, "micro-batches of a step"),
+    "batch_size": (16, "sequences of a micro-batch, of one process"), "sequence_length": (128, "characters"),
+    "width": (128, "of the transformer, a multiple of 32"), "depth": (4, "layers"),
+    "save_every": (100, "steps"), "log_every": (10, "steps"),
+}  # fmt: skip
 FREE = ("text", "output", "parallel", "save_every", "log_every")  # may change when a run goes on; all else makes another run
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -50,7 +56,7 @@ class Wrong(Exception):
     """What the user can put right; its text says how."""
 
 
-# --- Text -------------------------------------------------------------------------------------------------------------
+# --- Text and network
 
 
 class Text(NamedTuple):
@@ -63,15 +69,14 @@ class Text(NamedTuple):
 def read_text(path: Path, length: int) -> Text:
     content = path.read_bytes()
     try:
-        codes = torch.tensor([*map(ord, content.decode())])
+        used, ids = torch.tensor([*map(ord, content.decode())]).unique(return_inverse=True)
     except UnicodeDecodeError as error:
         raise Wrong(f"{path} is not UTF-8 text: {error}") from None
-    split = len(codes) * 9 // 10
-    if len(codes) - split <= length:
-        raise Wrong(f"{path} is too short: the last tenth of its {len(codes):,} characters is for validation, which takes "
-                    f"--sequence-length + 1 = {length + 1:,} of them; give a longer text or a shorter length")
-    used, ids = codes.unique(return_inverse=True)
-    return Text(ids[:split], ids[split:], "".join(map(chr, used.tolist())), hashlib.sha256(content).hexdigest())
+    train, validation = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+    if len(validation) <= length:
+        raise Wrong(f"{path} is too short: the last tenth of its {len(ids):,} characters is for validation, and has to have "
+                    f"--sequence-length + 1 = {length + 1:,} of them; give a longer text or a shorter length")  # fmt: skip
+    return Text(train, validation, "".join(map(chr, used.tolist())), hashlib.sha256(content).hexdigest())
 
 
 def seed_with(*numbers: int) -> None:
@@ -85,44 +90,34 @@ def random_batch(ids: Tensor, o: argparse.Namespace, device: torch.device) -> tu
     return windows[:, :-1], windows[:, 1:]
 
 
-# --- Network, processes, optimizer ------------------------------------------------------------------------------------
-
-
 class Transformer(nn.Module):
     def __init__(self, vocabulary: int, length: int, width: int, depth: int, dropout: float) -> None:
         super().__init__()
         layer = functools.partial(nn.TransformerEncoderLayer, activation="gelu", batch_first=True, norm_first=True)
         self.characters, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(layer(width, width // HEAD, 4 * width, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(layer(width, width // 32, 4 * width, dropout) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Logits for each next character, (all characters of all sequences, vocabulary)."""
         x = self.characters(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
         for block in self.blocks:
             x = block(x, src_mask=mask, is_causal=True)
-        return self.head(x)
+        return self.head(x.flatten(0, 1))
 
 
 def parallelize(model: Transformer, parallel: str) -> nn.Module:
-    if parallel == "ddp":  # the search has DDP keep its first buckets: others, after a restart, would sum in another order
-        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
     for block in model.blocks:
         fully_shard(block)
     return fully_shard(model)
 
 
-def average_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
-    """Around a micro-batch: only the last one's gradients, with all before added, are averaged over the processes."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-        return contextlib.nullcontext()
-    return contextlib.nullcontext() if now else model.no_sync()
-
-
 def make_optimizer(model: nn.Module, o: argparse.Namespace) -> torch.optim.Optimizer:
     groups = [dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=0.05),
-              dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]  # biases and norms
+              dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]  # biases and norms  # fmt: skip
     if o.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=o.lr)
     # An example is a sequence, not a character: characters of one sequence are no independent evidence about the weights.
@@ -132,13 +127,8 @@ def make_optimizer(model: nn.Module, o: argparse.Namespace) -> torch.optim.Optim
     return kind(groups, lr=o.lr, sgd_lr=o.sgd_lr, batch_size=examples, lean=o.lean, max_grad_norm=o.max_grad_norm)
 
 
-def warmup_and_cosine(step: int, warmup: int, steps: int) -> float:
-    return step / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-# A folder gets its name, step-..., when it is complete and loses it before it is deleted; the file ``latest``, which names
-# the one to go on from, is replaced in one move. So there is no moment at which a kill leaves half of anything.
+# --- Checkpoints: a folder is called step-... from when it is complete until before it is deleted, and the file ``latest``,
+# which names the one to go on from, is replaced in one move: at no moment does a kill leave half of anything.
 
 
 class Run(NamedTuple):
@@ -180,17 +170,16 @@ def load(checkpoint: Path, run: Run) -> int:
     return state["step"]
 
 
-def claim(folder: Path) -> Any:
-    """Makes the folder this run's as long as the file it returns is open; clears what a killed run left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = open(folder / "lock", "w")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Wrong(f"another run is writing into {folder}: end its processes, or give another --output") from None
-    for left in folder.glob(".unfinished-*"):
-        shutil.rmtree(left)
-    return held
+def claim(folder: Path) -> None:
+    """Makes the folder this run's until its first process ends; clears what a killed run left."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Wrong(f"another run is writing into {folder}: end its processes, or give another --output") from None
+        for left in folder.glob(".unfinished-*"):
+            shutil.rmtree(left)
 
 
 def newest(folder: Path, settings: dict[str, Any]) -> Path | None:
@@ -205,66 +194,75 @@ def newest(folder: Path, settings: dict[str, Any]) -> Path | None:
     return checkpoint
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+# --- Training
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(inputs.device.type, torch.bfloat16):
-        return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        return cross_entropy(model(inputs), targets.flatten())
 
 
-def train(run: Run, text: Text, o: argparse.Namespace, device: torch.device, done: int, settings: dict[str, Any]) -> None:
-    rank, world, console = dist.get_rank(), dist.get_world_size(), Console()
+def train(run: Run, text: Text, o: argparse.Namespace, device: torch.device, done: int, save_after: Callable[[int], None]) -> None:
+    (model, optimizer, scheduler), rank, world, console = run, dist.get_rank(), dist.get_world_size(), Console()
+    fsdp, adamw = o.parallel == "fsdp2", o.optimizer == "adamw"
     # What a killed run has logged beyond its last checkpoint, tensorboard leaves out.
     writer = SummaryWriter(str(o.output / "logs"), purge_step=done + 1) if rank == 0 else None
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    run.model.train()
+    model.train()
+    loss_of(model, *random_batch(text.train, o, device)).backward()  # DDP lays out its buckets anew after its first pass, and
+    optimizer.zero_grad()  # sums over three or more depend on them: thus a step's are the same wherever the run began
     with Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal) as progress:
-        bar, logged, since = progress.add_task("", total=o.steps, completed=done), done, time.perf_counter()
+        bar, tokens, since = progress.add_task("", total=o.steps, completed=done), 0, time.perf_counter()
         for step in range(done, o.steps):
             seed_with(o.seed, step, rank)
             loss = torch.zeros((), device=device)
             for micro in range(o.accumulate):
-                inputs, targets = random_batch(text.train, o, device)
-                with average_gradients(run.model, micro == o.accumulate - 1):
-                    part = loss_of(run.model, inputs, targets) / o.accumulate
+                last = micro == o.accumulate - 1  # its pass averages the gradients of all over the processes
+                if fsdp:
+                    model.set_requires_gradient_sync(last)
+                with contextlib.nullcontext() if fsdp or last else model.no_sync():
+                    part = loss_of(model, *random_batch(text.train, o, device)) / o.accumulate
                     part.backward()
                 loss += part.detach()
-            adamw, lr = o.optimizer == "adamw", run.scheduler.get_last_lr()[0]
-            norm = nn.utils.clip_grad_norm_(run.model.parameters(), o.max_grad_norm) if adamw else None
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            run.scheduler.step()
-            done = step + 1
+            norm = nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm) if adamw else None  # AdaBayes does in step()
+            optimizer.step()
+            optimizer.zero_grad()
+            lr, done = scheduler.get_last_lr()[0], step + 1
+            scheduler.step()
             progress.update(bar, completed=done)
+            tokens += world * o.accumulate * o.batch_size * o.sequence_length
             if done % o.log_every == 0 or done == o.steps:
                 dist.all_reduce(loss)
-                norm = run.optimizer.grad_norm if norm is None else norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                scalars = {"loss": loss.item() / world, "lr": lr, "grad_norm": norm.item()}
-                tokens = (done - logged) * o.batch_size * o.sequence_length * o.accumulate * world
-                scalars["tokens_per_second"] = tokens / (time.perf_counter() - since)
-                if not adamw:  # every process has to ask: the shares are those of all weights
-                    overall = diagnostics(run.optimizer).overall
-                    regimes = {name: getattr(overall, name) for name in ("sgd_like", "adam_like", "distance")}
-                    scalars |= {f"regime/{name}": value for name, value in regimes.items() if value is not None}
+                norm = optimizer.grad_norm if norm is None else norm.full_tensor() if fsdp else norm
+                speed = tokens / (time.perf_counter() - since)
+                scalars = {"loss": loss.item() / world, "lr": lr, "grad_norm": norm.item(), "tokens_per_second": speed}
+                scalars |= {} if adamw else regimes(optimizer)
                 if writer:
                     for name, value in scalars.items():
                         writer.add_scalar(name, value, done)
-                    line = "loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s".format(**scalars)
+                    line = f"loss {scalars['loss']:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
                     progress.update(bar, description=line)
                     if progress.disable:
                         print(f"step {done}  {line}", flush=True)
-                logged, since = done, time.perf_counter()
+                tokens, since = 0, time.perf_counter()
             if done % o.save_every == 0 or done == o.steps:
                 if writer:
                     writer.flush()  # the curves reach as far as the checkpoint
-                save(o.output / "checkpoints", done, run, settings)
+                save_after(done)
+
+
+def regimes(optimizer: Any) -> dict[str, float]:
+    """Where AdaBayes stands between SGD and Adam, over all weights: every process has to ask."""
+    with contextlib.suppress(RuntimeError):  # not yet of DTensors
+        _, _, *figures = diagnostics(optimizer).overall
+        names = ("regime/sgd_like", "regime/adam_like", "regime/distance")
+        return {name: figure for name, figure in zip(names, figures, strict=True) if figure is not None}
+    return {}
 
 
 @torch.no_grad()
 def validate(model: nn.Module, text: Text, o: argparse.Namespace, device: torch.device) -> float:
     """The mean loss of windows of the validation text, as many in each process: under FSDP2 they compute in step."""
-    model.eval()
     windows, world = text.validation.unfold(0, o.sequence_length + 1, o.sequence_length), dist.get_world_size()
     mine = windows[dist.get_rank() : len(windows) // world * world : world] if len(windows) >= world else windows
     parts = mine.to(device).split(o.batch_size)[:100]
@@ -275,13 +273,12 @@ def validate(model: nn.Module, text: Text, o: argparse.Namespace, device: torch.
 
 @torch.no_grad()
 def sample(model: nn.Module, text: Text, o: argparse.Namespace, device: torch.device) -> str:
-    """200 characters; every process draws the same, in step."""
-    model.eval()
+    """Every process draws the same, in step."""
     seed_with(o.seed)
     ids = text.validation[None, :1]
     for _ in range(200):
         with torch.autocast(device.type, torch.bfloat16):
-            logits = model(ids[:, -o.sequence_length :].to(device))[:, -1]
+            logits = model(ids[:, -o.sequence_length :].to(device))[-1:]
         ids = torch.cat([ids, logits.float().softmax(-1).cpu().multinomial(1)], 1)
     return "".join(text.vocabulary[i] for i in ids[0])
 
@@ -289,68 +286,47 @@ def sample(model: nn.Module, text: Text, o: argparse.Namespace, device: torch.de
 def weights_sha256(model: nn.Module) -> str:
     """On rank 0, of all weights: runs that print the same have the same, bit for bit."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return hashlib.sha256(b"".join(name.encode() + w.contiguous().numpy().tobytes() for name, w in sorted(whole.items()))).hexdigest()
+    return hashlib.sha256(b"".join(name.encode() + w.numpy().tobytes() for name, w in sorted(whole.items()))).hexdigest()
 
 
-# --- Options and start ------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise Wrong(f"{message} (--help lists the options)")
-
-
-def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        if not 0 < kind(text) < math.inf:
-            raise ValueError
-        return kind(text)
-
-    convert.__name__ = f"{kind.__name__} above 0"  # argparse's messages say it
-    return convert
+# --- Options and start
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    count, number = above_zero(int), above_zero(float)
-    parser = Parser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    add = functools.partial(parser.add_argument, metavar="")
+    def wrong(message: str) -> Any:
+        raise Wrong(f"{message} (--help lists the options)")
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.error = wrong  # type: ignore[method-assign]
     parser.add_argument("text", type=Path, help="the file to learn, UTF-8")
+    parser.add_argument("--output", type=Path, default=Path("runs/lm"), help="its checkpoints and logs: a run that is there goes on")
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp")
     parser.add_argument("--optimizer", choices=("adabayes", "adabayes-fp", "adamw"), default="adabayes")
     parser.add_argument("--lean", action="store_true", help="AdaBayes with AdamW's memory: the same weights")
-    add("--output", type=Path, default=Path("runs/lm"), help="checkpoints and logs; the run that is there goes on")
-    add("--lr", type=number, default=1e-3)
-    add("--sgd-lr", type=number, default=0.1, help="AdaBayes's")
-    add("--max-grad-norm", type=number, default=1.0)
-    add("--warmup", type=count, default=100, help="steps in which lr rises from 0")
-    add("--steps", type=count, default=1000)
-    add("--batch-size", type=count, default=16, help="sequences of a micro-batch of a process")
-    add("--accumulate", type=count, default=1, help="micro-batches of a step")
-    add("--sequence-length", type=count, default=128)
-    add("--width", type=count, default=128, help=f"a multiple of {HEAD}")
-    add("--depth", type=count, default=4)
-    add("--dropout", type=float, default=0.1)
-    add("--seed", type=int, default=0)
-    add("--save-every", type=count, default=100)
-    add("--log-every", type=count, default=10)
-    options = parser.parse_args(argv)
-    if options.width % HEAD:
-        raise Wrong(f"--width {options.width} is not a multiple of {HEAD}")
-    if not 0 <= options.dropout < 1:
-        raise Wrong(f"--dropout {options.dropout} is not in [0, 1)")
-    if options.lean and options.optimizer == "adamw":
-        raise Wrong("--lean is for AdaBayes: leave it out with --optimizer adamw")
-    return options
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    for name, (value, what) in NUMBERS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N", help=f"{what}; {value}")
+    o = parser.parse_args(argv)
+    for name in NUMBERS:
+        if not 0 < getattr(o, name) < math.inf:
+            wrong(f"--{name.replace('_', '-')} {getattr(o, name)} is not above 0")
+    if o.width % 32:
+        wrong(f"--width {o.width} is not a multiple of 32, the width of an attention head")
+    if not 0 <= o.dropout < 1:
+        wrong(f"--dropout {o.dropout} is not in [0, 1)")
+    if o.lean and o.optimizer == "adamw":
+        wrong("--lean is for AdaBayes, not for --optimizer adamw")
+    return o
 
 
 def choose_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    rank, processes = (int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if processes > torch.cuda.device_count():
-        raise Wrong(f"{processes} processes and {torch.cuda.device_count()} GPUs: start as many processes, or set CUDA_VISIBLE_DEVICES=")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise Wrong(f"more processes than the {torch.cuda.device_count()} GPUs: start as many, or set CUDA_VISIBLE_DEVICES=")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def on_all(check: Callable[..., Any], *args: Any) -> Any:
@@ -371,30 +347,31 @@ def on_all(check: Callable[..., Any], *args: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # else torchrun says
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
     torch.use_deterministic_algorithms(True)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # torchrun says these
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
     o, device = on_all(parse, argv), on_all(choose_device)
-    text = on_all(read_text, o.text, o.sequence_length)
+    text, folder = on_all(read_text, o.text, o.sequence_length), o.output / "checkpoints"
     settings = {name: value for name, value in vars(o).items() if name not in FREE}
     settings |= {"processes": dist.get_world_size(), "text_sha256": text.sha256}
-    held = on_all(lambda: claim(o.output / "checkpoints") if dist.get_rank() == 0 else None)
-    checkpoint = on_all(newest, o.output / "checkpoints", settings)
+    on_all(claim, folder)
+    checkpoint = on_all(newest, folder, settings)
+
+    def warmup_and_cosine(step: int) -> float:
+        rest = (step - o.warmup) / max(1, o.steps - o.warmup)
+        return step / o.warmup if step < o.warmup else 0.5 + 0.5 * math.cos(math.pi * rest)
 
     torch.manual_seed(o.seed)  # the same initial weights in every process
     model = Transformer(len(text.vocabulary), o.sequence_length, o.width, o.depth, o.dropout).to(device)
     model = parallelize(model, o.parallel)
     optimizer = make_optimizer(model, o)
-    schedule = functools.partial(warmup_and_cosine, warmup=o.warmup, steps=o.steps)
-    run = Run(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+    run = Run(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine))
     done = load(checkpoint, run) if checkpoint else 0
-    if checkpoint and dist.get_rank() == 0:
-        print(f"Going on from {checkpoint}", flush=True)
-    train(run, text, o, device, done, settings)
+    train(run, text, o, device, done, lambda step: save(folder, step, run, settings))
+    model.eval()
     loss, written, digest = validate(model, text, o, device), sample(model, text, o, device), weights_sha256(model)
     if dist.get_rank() == 0:
         print(f"{written}\n\nvalidation loss {loss:.4f}\nsha256 of the weights {digest}")
-        held.close()
     dist.destroy_process_group()
 
 
