@@ -202,7 +202,7 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(model(inputs), targets.flatten())
 
 
-def train(run: Run, text: Text, o: argparse.Namespace, device: torch.device, done: int, save_after: Callable[[int], None]) -> None:
+def train(run: Run, text: Text, o: argparse.Namespace, device: torch.device, done: int, save_at: Callable[[int], None]) -> None:
     (model, optimizer, scheduler), rank, world, console = run, dist.get_rank(), dist.get_world_size(), Console()
     fsdp, adamw = o.parallel == "fsdp2", o.optimizer == "adamw"
     # What a killed run has logged beyond its last checkpoint, tensorboard leaves out.
@@ -248,7 +248,7 @@ def train(run: Run, text: Text, o: argparse.Namespace, device: torch.device, don
             if done % o.save_every == 0 or done == o.steps:
                 if writer:
                     writer.flush()  # the curves reach as far as the checkpoint
-                save_after(done)
+                save_at(done)
 
 
 def regimes(optimizer: Any) -> dict[str, float]:
@@ -299,7 +299,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.error = wrong  # type: ignore[method-assign]
     parser.add_argument("text", type=Path, help="the file to learn, UTF-8")
-    parser.add_argument("--output", type=Path, default=Path("runs/lm"), help="its checkpoints and logs: a run that is there goes on")
+    parser.add_argument("--output", type=Path, default=Path("runs/lm"), help="checkpoints and logs; a run that is there goes on")
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp")
     parser.add_argument("--optimizer", choices=("adabayes", "adabayes-fp", "adamw"), default="adabayes")
     parser.add_argument("--lean", action="store_true", help="AdaBayes with AdamW's memory: the same weights")
@@ -320,12 +320,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return o
 
 
+def start_processes() -> None:
+    """As torchrun says, or this process alone."""
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if world == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        # torchrun's store still has the addresses of workers that it has restarted: each attempt gets its own part of it. The
+        # count is one machine's; for several, tell torchrun TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712).
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def choose_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         raise Wrong(f"more processes than the {torch.cuda.device_count()} GPUs: start as many, or set CUDA_VISIBLE_DEVICES=")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.use_deterministic_algorithms(True)  # what runs here on CPUs is so anyway
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -347,9 +359,7 @@ def on_all(check: Callable[..., Any], *args: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    torch.use_deterministic_algorithms(True)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # torchrun says these
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+    start_processes()
     o, device = on_all(parse, argv), on_all(choose_device)
     text, folder = on_all(read_text, o.text, o.sequence_length), o.output / "checkpoints"
     settings = {name: value for name, value in vars(o).items() if name not in FREE}

@@ -80,11 +80,13 @@ class Job:
             os.kill(workers[rank], signal.SIGKILL)
 
 
-def wait_for(condition, timeout=60):
-    """Polls as fast as it can: what it waits for lasts for milliseconds."""
+def wait_for(job, condition, timeout=60):
+    """Polls as fast as others let it: what it waits for lasts for milliseconds."""
     until = time.monotonic() + timeout
     while not condition():
+        assert job.process.poll() is None, job.process.communicate()
         assert time.monotonic() < until
+        time.sleep(0.0005)
 
 
 def newest(output):
@@ -160,10 +162,10 @@ def test_torchrun_restarts_it(folder, text, undisturbed):
     output, moments = folder / "healed", random.Random(1)
     job = Job(text, output=output, restarts=4, **KILLED)
     for ranks, while_saving in (((0,), False), ((1,), True), ((0, 1), False), ((0,), True)):
-        at = newest(output) + moments.randrange(2, 6)
-        wait_for(lambda at=at: newest(output) >= at)
+        at = newest(output) + moments.randrange(1, 5)
+        wait_for(job, lambda at=at: newest(output) >= at)
         if while_saving:
-            wait_for(lambda: saving(output))
+            wait_for(job, lambda: saving(output))
         else:
             time.sleep(moments.uniform(0, 0.1))
         job.kill(*ranks)
@@ -177,12 +179,12 @@ def test_the_same_command_goes_on(folder, text, undisturbed):
     output, moments = folder / "again", random.Random(2)
     for ranks in ((1,), (0, 1)):
         job, before = Job(text, output=output, **KILLED), newest(output)
-        wait_for(lambda before=before: newest(output) > before + 2)
+        wait_for(job, lambda before=before: newest(output) > before + 2)
         time.sleep(moments.uniform(0, 0.2))
         job.kill(*ranks)
         assert job.end() == 1
     job, before = Job(text, output=output, **{**KILLED, "save-every": 7}), newest(output)
-    wait_for(lambda: newest(output) > before)
+    wait_for(job, lambda: newest(output) > before)
     workers = job.workers().values()
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
@@ -223,7 +225,8 @@ def run(output, last):
         seen = 0
         def count(event, args):
             nonlocal seen
-            if event in FILES and "checkpoints" in str(args[0]):
+            third = os.path.exists(f"{output}/checkpoints/step-00000002") or seen
+            if event in FILES and "checkpoints" in str(args[0]) and third:
                 seen += 1
                 if seen > last:
                     os.kill(os.getpid(), signal.SIGKILL)
