@@ -1,8 +1,6 @@
 """The language model example, in processes of its own: it learns, it tells what is wrong, and however it is killed it ends
 with the weights of a run that nobody disturbed."""
 
-import importlib.util
-import json
 import os
 import random
 import re
