@@ -1,6 +1,6 @@
 """A run that survives: a small transformer learns a text character by character, in one process or many.
 
-    torchrun --nproc_per_node 2 examples/train_lm.py text.txt --output runs/lm
+    torchrun --standalone --nproc_per_node 2 examples/train_lm.py text.txt --output runs/lm
     python examples/train_lm.py text.txt --output runs/lm
 
 Processes talk over NCCL where there are GPUs, else over gloo. Whenever it was killed, while it saved too, the same command
