@@ -42,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 from adabayes_fused import AdaBayes, AdaBayesFP, diagnostics
 
 NUMBERS = {
-    "lr": (1e-3, "learning rate, after the warm-up"), "sgd_lr": (0.1, "AdaBayes's"), "max_grad_norm": (1.0, "gradients' norm"),
+    "lr": (1e-3, "learning rate, after the warm-up"), "sgd_lr": (10.0, "AdaBayes's"), "max_grad_norm": (1.0, "gradients' norm"),
     "steps": (1000, "steps"), "warmup": (100, "steps in which lr rises from 0"), "accumulate": (1, "micro-batches of a step"),
     "batch_size": (16, "sequences of a micro-batch, of one process"), "sequence_length": (128, "characters"),
     "width": (128, "of the transformer, a multiple of 32"), "depth": (4, "layers"),
@@ -122,6 +122,7 @@ def make_optimizer(model: nn.Module, o: argparse.Namespace) -> torch.optim.Optim
         return torch.optim.AdamW(groups, lr=o.lr)
     # An example is a sequence, not a character: characters of one sequence are no independent evidence about the weights.
     # They are counted over the whole step, micro-batches and processes, because its gradient is the mean over all of them.
+    # sgd_lr: at 0.1, good for image networks, the gradients here leave 99.9 % of weights to SGD; at 10 four fifths are Adam's.
     examples = o.batch_size * o.accumulate * dist.get_world_size()
     kind = {"adabayes": AdaBayes, "adabayes-fp": AdaBayesFP}[o.optimizer]
     return kind(groups, lr=o.lr, sgd_lr=o.sgd_lr, batch_size=examples, lean=o.lean, max_grad_norm=o.max_grad_norm)
