@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
 lm_extras := example
-test_extras := demo,bench,test
+test_extras := demo,bench,test,frameworks
 bench_extras := bench
 lint_extras := dev
 

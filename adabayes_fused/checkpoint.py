@@ -15,6 +15,7 @@ from torch import Tensor
 from .algorithms import ADABAYES, ALGORITHMS, complete_group
 from .collect import SCALARS
 from .gather import new_slot, new_step, own_copy
+from .sharding import is_sharded, local
 from .slabs import Slabs
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]
     for name in slots:
         if name in entry and not isinstance(entry[name], Tensor):
             raise ValueError(f"loaded state dict: {name} of parameter {i} must be a tensor, given {entry[name]!r}")
-        if name in entry and entry[name].shape != p.shape:
+        if name in entry and entry[name].shape not in (p.shape, local(p).shape):
             raise ValueError(
                 f"loaded state dict is of another model: {name} of parameter {i} has shape {tuple(entry[name].shape)}, "
                 f"the parameter {tuple(p.shape)}"
@@ -101,8 +102,9 @@ def restore(optimizer: _FusedOptimizer, state_before: dict[Tensor, Any], groups_
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
         group["capturable"] = before["capturable"]
         for name in SCALARS:
-            if isinstance(before.get(name), Tensor) and group.get(name) is not None:
-                group[name] = _stays(before[name], torch.full_like(before[name], float(group[name])), writes)
+            if name in group:
+                group[name] = _option_stays(before.get(name), group[name], writes)
+        group["betas"] = tuple(_option_stays(b, new, writes) for b, new in zip(before["betas"], group["betas"], strict=True))
     absent: set[str] = set()
     slabs = Slabs()
     for group in optimizer.param_groups:
@@ -138,9 +140,19 @@ def _own_entry(optimizer: _FusedOptimizer, p: Tensor, saved: dict[str, Any], sla
     return entry
 
 
+def _option_stays(present: Any, loaded: Any, writes: list[tuple[Tensor, Tensor]]) -> Any:
+    """``present``, noted in ``writes``, where it is a tensor; else the loaded value."""
+    if not isinstance(present, Tensor) or loaded is None:
+        return loaded
+    return _stays(present, torch.full_like(present, float(loaded)), writes)
+
+
 def _stays(present: Any, fresh: Tensor, writes: list[tuple[Tensor, Tensor]]) -> Tensor:
     """``present``, noted in ``writes``, where it can hold ``fresh``; else ``fresh``."""
-    if not isinstance(present, Tensor) or any(getattr(present, a) != getattr(fresh, a) for a in ("shape", "dtype", "device")):
+    if not isinstance(present, Tensor) or is_sharded(present) != is_sharded(fresh):
         return fresh
-    writes.append((present, fresh))
+    kept, value = local(present), local(fresh)
+    if any(getattr(kept, a) != getattr(value, a) for a in ("shape", "dtype", "device")):
+        return fresh
+    writes.append((kept, value))
     return present

@@ -6,6 +6,7 @@ One reduction over the gradients (each backend's ``sum_of_squares``); the factor
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,11 +27,24 @@ def reads_gradients_first(optimizer: _FusedOptimizer) -> bool:
 
 
 def check(max_grad_norm: Any, skip_nonfinite: Any) -> None:
-    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    number = isinstance(max_grad_norm, numbers.Real) and not isinstance(max_grad_norm, bool)
     if max_grad_norm is not None and not (number and max_grad_norm > 0):
-        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm!r} (allowed: None, or a number > 0; inf measures only)")
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm!r} (allowed: None, or a number > 0, no tensor; inf measures only)"
+        )
     if not isinstance(skip_nonfinite, bool):
         raise TypeError(f"Invalid skip_nonfinite value: {skip_nonfinite!r} (allowed: True or False)")
+
+
+def check_whole(optimizer: _FusedOptimizer) -> None:
+    """Raises where gradients are parts of which nothing tells who has the others: of FSDP1's flat parameters."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    if any(getattr(p, "_fsdp_flattened", False) for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite would see this process's part of FullyShardedDataParallel's gradients alone; "
+            "call the model's clip_grad_norm_ before step(), or shard it with fully_shard (FSDP2), whose norm is over all parts"
+        )
 
 
 class Scaling(NamedTuple):
@@ -70,15 +84,15 @@ def wide(t: Tensor) -> Tensor:
 
 
 def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
-    """The sum of all squared gradients as they are: 0-dim, float64, on an accelerator if any launch is on one."""
+    """The sum of all squared gradients as they are: 0-dim, float64, on an accelerator if any launch is on one. Infinite
+    beyond a norm of 1e154."""
     spread: dict[tuple[Any, ...], list[Tensor]] = {}
     for launch in launches:
         spread.setdefault(launch.groups, []).append(backends.of(optimizer.backend, launch.device).sum_of_squares(launch))
-    sums = [summed(_total(parts), groups) for groups, parts in spread.items()]
-    return _total(sums)
+    return total(summed({groups: total(parts) for groups, parts in spread.items()}))
 
 
-def _total(sums: list[Tensor]) -> Tensor:
+def total(sums: list[Tensor]) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     home = next((s for s in sums if s.device.type != "cpu"), zero)
     return torch.stack([s.to(home, non_blocking=True) for s in (zero, *sums)]).sum()
@@ -88,9 +102,9 @@ def norm_and_factor(total: Any, grad_scale: Any, max_grad_norm: float | None) ->
     """The norm of the unscaled gradients, and what to multiply the scaled ones by, from the sum of their squares: floats,
     or 0-dim tensors. A norm that is not finite goes into the factor, as in torch.nn.utils.clip_grad_norm_."""
     norm = total**0.5 / grad_scale
-    if max_grad_norm is None:
+    if max_grad_norm is None or max_grad_norm == math.inf:
         return norm, 1.0 / grad_scale
-    clip = max_grad_norm / (norm + EPSILON)
+    clip = float(max_grad_norm) / (norm + EPSILON)
     if isinstance(clip, Tensor):
         clip = clip.clamp(max=1.0)
     elif clip > 1.0:  # not of a NaN

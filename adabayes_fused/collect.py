@@ -19,12 +19,19 @@ from .backends import native
 from .backends.launch import WORDS, Launch
 from .clipping import Scaling
 from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
-from .sharding import groups_of
+from .sharding import groups_of, spec_of, summed
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
 
-SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors
+SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # of a group, numbers or one-element tensors; betas too
+
+
+def tensor_options(group: dict[str, Any]) -> dict[str, Tensor]:
+    """The group's options that are tensors, by name; those in ``betas`` as "betas[0]" and "betas[1]"."""
+    found = [(name, group.get(name)) for name in SCALARS]
+    found += [(f"betas[{i}]", beta) for i, beta in enumerate(group["betas"])]
+    return {name: value for name, value in found if isinstance(value, Tensor)}
 
 
 def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scaling) -> Callable[[], None] | None:
@@ -37,6 +44,8 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
 
     Returns: the function that counts the step and updates; None where gradients are not finite and that skips the step.
     """
+    if clipping.reads_gradients_first(optimizer) and (optimizer._grad_norm is None or optimizer._state_asked_for):
+        clipping.check_whole(optimizer)
     created: list[Tensor] = []
     batch = None if scaling.on_device else optimizer._reader()
     run = None
@@ -55,18 +64,22 @@ def _collect(
     optimizer: _FusedOptimizer, batch: Any, given: list[Item] | None, scaling: Scaling, created: list[Tensor]
 ) -> Callable[[], None] | None:
     if batch is not None and given is not None:
-        batch.begin([], True, True)
+        batch.begin([], True, clipping.reads_gradients_first(optimizer))
     items = given if given is not None else _unread(optimizer) if batch is None else _read(optimizer, batch)
+    if given is not None and batch is not None:
+        items = [item for item in given if not _add_item(optimizer, batch, item)]
     prepared = _prepare(optimizer, items, scaling.on_device, created) if items else []
-    if created and _only_makes_state(optimizer, prepared, created):
+    if created and given is None and _only_makes_state(optimizer, prepared, created):
         if batch is not None:
             batch.clear()
         return lambda: None
     by_tensor = [p for p in prepared if batch is None or not _add(optimizer, batch, p)]
     launches = [] if batch is None else _launches_of_rows(optimizer, batch)
     launches += _launches_of_tensors(optimizer, by_tensor, scaling.on_device)
-    if batch is not None and clipping.reads_gradients_first(optimizer) and any(x.device.type != "cpu" for x in launches):
-        batch.clear()  # the norm is not the host's to know
+    reads_first = clipping.reads_gradients_first(optimizer)
+    if reads_first and not scaling.on_device and any(launch.device.type != "cpu" for launch in launches):
+        if batch is not None:
+            batch.clear()  # the norm is not the host's to know
         return _collect(optimizer, None, given, scaling._replace(on_device=True), created)
     decided = clipping.decide(optimizer, launches, scaling)
     if decided is None:
@@ -104,13 +117,25 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
         return False
     if len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    return not any(p.tensors[1].any() for p in prepared)
+    # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
+    nonzero: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p in prepared:
+        nonzero.setdefault(groups_of(spec_of(p.param)), []).append(p.tensors[1].any())
+    return not any(summed({groups: clipping.total(found) for groups, found in nonzero.items()}))
+
+
+def _add_item(optimizer: _FusedOptimizer, batch: Any, item: Item) -> bool:
+    """Takes it as :func:`_read` would."""
+    names = optimizer.algorithm.stored(optimizer.lean)
+    if clipping.reads_gradients_first(optimizer) or any(name not in item.state for name in ("step", *names)):
+        return False
+    slots = [item.state[name] for name in names]
+    taken: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group, None)
+    return taken
 
 
 def _add(optimizer: _FusedOptimizer, batch: Any, p: Prepared) -> bool:
-    if clipping.reads_gradients_first(optimizer) and groups_of(p.param):
-        return False
-    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group)
+    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group, spec_of(p.param))
     return taken
 
 
@@ -128,8 +153,8 @@ def _unread(optimizer: _FusedOptimizer) -> list[Item]:
 def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     """Fills ``batch``; returns the parameters it leaves to Python."""
     look = optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE
-    # A norm sums what is spread over processes apart from what each has whole: these launches are made in Python.
-    batch.begin(optimizer._slabs.all, look, not clipping.reads_gradients_first(optimizer))
+    # A norm sums what is spread over processes apart from what each has whole.
+    batch.begin(optimizer._slabs.all, look, clipping.reads_gradients_first(optimizer))
     optimizer._state_asked_for = False
     state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
@@ -156,8 +181,8 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
     for item in items:
         p, step_device = item.param, item.param.device if on_device else torch.device("cpu")
         if not item.state:
-            created.append(p)
             state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device, optimizer._slabs)
+            created.append(p)
             item = item._replace(state=state[p])
         prepared.append(prepare(item, names, step_device))
     return prepared
@@ -171,12 +196,11 @@ def _check_capture(optimizer: _FusedOptimizer, items: list[Item]) -> None:
         if item.state["step"].device != item.param.device:
             raise RuntimeError(f"{item} has its step count on the CPU: run a step with capturable=True before capturing")
     for g in dict.fromkeys(item.group for item in items):
-        for name in SCALARS:
-            value = optimizer.param_groups[g].get(name)
-            if isinstance(value, Tensor) and value.device.type == "cpu":
+        for name, value in tensor_options(optimizer.param_groups[g]).items():
+            if value.device.type == "cpu":
                 raise RuntimeError(
                     f"{name} of group {g} is a tensor on the CPU, where replays of a CUDA graph would not see it change; "
-                    f'move it to the GPU: optimizer.param_groups[{g}]["{name}"] = {name}.cuda()'
+                    f"move it to the GPU, in optimizer.param_groups[{g}]"
                 )
 
 
@@ -192,8 +216,9 @@ def _launches_of_rows(optimizer: _FusedOptimizer, batch: Any) -> list[Launch]:
             keys,
             address=address,
             count=count,
+            groups=groups_of(spec),
         )
-        for device_type, index, param_dtype, grad_dtype, address, count in batch.buckets()
+        for device_type, index, param_dtype, grad_dtype, address, count, spec in batch.buckets()
     ]
 
 
@@ -201,7 +226,7 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
     buckets: dict[tuple[Any, ...], list[Prepared]] = {}
     for p in prepared:
         param, grad = p.tensors[:2]
-        groups = groups_of(p.param) if clipping.reads_gradients_first(optimizer) else ()
+        groups = groups_of(spec_of(p.param)) if clipping.reads_gradients_first(optimizer) else ()
         buckets.setdefault((param.device, param.dtype, grad.dtype, groups), []).append(p)
     launches = []
     for (device, param_dtype, grad_dtype, groups), members in buckets.items():
@@ -238,7 +263,7 @@ def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor
 
 def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
-    groups = [_scalars(group, float) for group in optimizer.param_groups]
+    groups = {g: _scalars(optimizer.param_groups[g], float) for g in {g for g, _ in keys}}
     return torch.tensor(
         [optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys], dtype=torch.float64, device="cpu"
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from .algorithms import ADABAYES_FP
 from .optimizer import _FusedOptimizer
 from .posterior import Reading, check_optimizer
+from .sharding import groups_of, spec_of, summed
 
 EVEN = 2.0 / (1.0 + math.sqrt(5.0))  # sigma^2_post / sigma^2 at Eq. 20 where eta / sqrt(<g^2>) = sigma^2
 
@@ -60,14 +61,15 @@ def diagnostics(optimizer: _FusedOptimizer) -> Diagnostics:
     Returns: shares in [0, 1] and distances under the groups' present ``lr``, ``r`` and ``batch_size``. Parameters that have
     taken no step are listed and not counted; the parts of a complex weight count one by one. ``AdaBayesFP`` is at the
     fixed point by construction: its distance is 0. An ``exp_avg_sq`` that began at 0 as a lean state was loaded is read
-    as it is, too small. Waits for an accelerator once.
+    as it is, too small. Waits for an accelerator once. Of DTensors the weights of all processes count: call it in each of
+    them, and each gets the same.
 
     Raises: TypeError for another optimizer.
     """
     check_optimizer(optimizer)
-    found = [(name, p.numel(), _sums(Reading(optimizer, group, p))) for group, name, p in _named_parameters(optimizer)]
-    counts = iter(_to_host([sums for _, _, sums in found if sums is not None]))
-    rows = [(name, numel, [0.0] * 4 if sums is None else next(counts)) for name, numel, sums in found]
+    found = [(name, p, _sums(Reading(optimizer, group, p))) for group, name, p in _named_parameters(optimizer)]
+    counts = iter(_to_host(_over_processes([(p, sums) for _, p, sums in found if sums is not None])))
+    rows = [(name, p.numel(), [0.0] * 4 if sums is None else next(counts)) for name, p, sums in found]
     total = [math.fsum(column) for column in zip(*(sums for _, _, sums in rows), strict=True)]
     measured = optimizer.algorithm is ADABAYES_FP or not optimizer.lean
     return Diagnostics(
@@ -84,9 +86,10 @@ def _named_parameters(optimizer: _FusedOptimizer) -> Iterator[tuple[dict[str, An
 
 
 def _sums(reading: Reading) -> Tensor | None:
-    """(4,): how many weights have taken a step, are SGD-like, are Adam-like; their distances' sum. None without state."""
+    """(4,): how many weights here have taken a step, are SGD-like, are Adam-like; their distances' sum. None without state."""
     if not reading.state:
-        return None
+        # Where other processes have parts too, each takes its place in the sum over them.
+        return torch.zeros(4, dtype=reading.dtype, device=reading.device) if groups_of(spec_of(reading.param)) else None
     sgd_like, adam_like = (regime.sum(dtype=reading.dtype) for regime in _regimes(reading))
     sums = [sgd_like.new_full((), reading.values), sgd_like, adam_like, _distance(reading)]
     return torch.stack(sums).mul_(reading.step > 0)
@@ -106,6 +109,21 @@ def _distance(reading: Reading) -> Tensor:
         return torch.zeros((), dtype=reading.dtype, device=reading.device)
     a, _, denominator = reading.equation_20()
     return (reading.relative() * denominator).div_(2.0 * a).log_().abs_().sum()
+
+
+def _over_processes(found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The sums of each of these parameters over all its parts, from those of the part that is here."""
+    sums = [here for _, here in found]
+    spread: dict[tuple[Any, ...], list[int]] = {}
+    for i, (p, _) in enumerate(found):
+        if groups := groups_of(spec_of(p)):
+            spread.setdefault(groups, []).append(i)
+    totals = {groups: torch.stack([sums[i] for i in members]) for groups, members in spread.items()}
+    summed(totals)  # in place
+    for groups, members in spread.items():
+        for i, total in zip(members, totals[groups], strict=True):
+            sums[i] = total
+    return sums
 
 
 def _to_host(sums: list[Tensor]) -> list[list[float]]:

@@ -83,16 +83,18 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 
 def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
-    """A state tensor for ``p``, a plain tensor; laid out as p is where p has no gaps."""
-    slot = slabs.empty(p.shape, p.stride(), state_dtype(p), p.device) if _dense(p) else None
+    """A state tensor for the part of ``p`` that is here; laid out as that is where it has no gaps."""
+    part, slot = local(p).detach(), None
+    if _dense(part) and not is_sharded(p):  # DTensors in one storage break torch.distributed.checkpoint.async_save
+        slot = slabs.empty(part.shape, part.stride(), state_dtype(part), part.device)
     if slot is None:
-        slot = torch.empty_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False)
+        slot = torch.empty_like(part, dtype=state_dtype(part), memory_format=torch.preserve_format, requires_grad=False)
     return slot
 
 
 def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
     """A state tensor like ``p``, ``value`` everywhere, in the real and the imaginary part alike."""
-    slot = empty_slot(local(p).detach(), slabs)
+    slot = empty_slot(p, slabs)
     as_real(slot).fill_(value)
     return like(p, slot)
 
@@ -134,7 +136,7 @@ def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
 def own_copy(p: Tensor, saved: Tensor, slabs: Slabs) -> Tensor:
     """A saved slot of ``p`` in our dtype, layout, placement and device, sharing no memory with ``saved``."""
     part = local(placed_like(p, saved.detach()))
-    return like(p, empty_slot(local(p).detach(), slabs).copy_(part))
+    return like(p, empty_slot(p, slabs).copy_(part))
 
 
 def step_tensor(step: Any, device: torch.device) -> Tensor:

@@ -6,11 +6,12 @@ The two classes are at the end; what they share is above them, a step's work in 
 from __future__ import annotations
 
 import difflib
+import numbers
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from . import backends, checkpoint, clipping, sharding, warm_start
 from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
 from .backends import native
 from .clipping import Scaling
-from .collect import collect
+from .collect import collect, tensor_options
 from .gather import Item
 from .slabs import Slabs
+
+if TYPE_CHECKING:
+    from .release import ReleasedGradients
 
 # Outside the groups: a checkpoint must not change it.
 _RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")
@@ -37,20 +41,31 @@ class _FusedOptimizer(Optimizer):
     algorithm: Algorithm
 
     _kept_reader: tuple[Any, Any] | None
+    _params: list[Tensor]  # operators.py
+    _grad_norm: float | Tensor | None
+    _released: ReleasedGradients | None
     _skipped: Tensor
     max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
     skip_nonfinite = False
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, lean: bool, backend: str, fused_unscale: bool, **clip: Any
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        lean: bool,
+        backend: str,
+        fused_unscale: bool,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
     ) -> None:
         backends.check_name(backend)
         for name, flag in (("lean", lean), ("fused_unscale", fused_unscale)):
             if not isinstance(flag, bool):
                 raise TypeError(f"Invalid {name} value: {flag!r} (allowed: True or False)")
-        clipping.check(**clip)
+        clipping.check(max_grad_norm, skip_nonfinite)
         self.backend, self.lean, self.fused_unscale = backend, lean, fused_unscale
-        self.max_grad_norm, self.skip_nonfinite = clip["max_grad_norm"], clip["skip_nonfinite"]
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         check_group(self.algorithm, defaults)  # before the parameters are looked at, as torch does
         self._forget_run()
         super().__init__(params, {**defaults, "differentiable": False})
@@ -62,7 +77,13 @@ class _FusedOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         for key in param_group.keys() - self.defaults.keys() - {"params", "r", "first_prior"}:
-            close = difflib.get_close_matches(str(key), self.defaults, n=1, cutoff=0.8)
+            if key in _RUN_POLICY:
+                if param_group[key] == getattr(self, key):  # repeated, as ZeroRedundancyOptimizer does
+                    continue
+                raise ValueError(
+                    f"{key} is an option of the whole optimizer, not of a parameter group; give it to the constructor"
+                )
+            close = difflib.get_close_matches(str(key), (*self.defaults, *_RUN_POLICY), n=1, cutoff=0.8)
             if close:
                 raise ValueError(f"unknown option {key!r} in a parameter group; did you mean {close[0]!r}?")
         group = {**self.defaults, **param_group}
@@ -74,11 +95,6 @@ class _FusedOptimizer(Optimizer):
         group["params"] = list(once)
         if "param_names" in group:
             group["param_names"] = list(once.values())
-        self._list_parameters()
-
-    def _list_parameters(self) -> None:
-        """For torch.compile, which would take every number in ``param_groups`` for a constant."""
-        self._param_lists = [group["params"] for group in self.param_groups]
 
     def set_batch_size(self, n: float | Tensor) -> None:
         """Tells every group how many examples the mean loss of the next steps averages over::
@@ -98,11 +114,17 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError or TypeError, as a group with this batch_size would; nothing has changed then.
         """
-        if isinstance(n, Tensor) and n.numel() == 1:
-            n = n.item()
+        if isinstance(n, Tensor) and n.numel() == 1 or isinstance(n, numbers.Number) and hasattr(n, "item"):
+            n = n.item()  # a number of Python's own, which every checkpoint takes
         check_batch_size(n)
         for group in self.param_groups:
             check_step(self.algorithm, {**group, "batch_size": n})
+            kept = group["batch_size"]
+            if isinstance(kept, Tensor) and not kept.is_floating_point() and n != int(n):
+                raise ValueError(
+                    f"Invalid batch_size: {n} (allowed in a group that keeps it in a tensor of {kept.dtype}: integers)"
+                )
+        self.defaults["batch_size"] = n  # of groups to come
         for group in self.param_groups:
             if isinstance(group["batch_size"], Tensor):
                 group["batch_size"].fill_(n)
@@ -126,7 +148,6 @@ class _FusedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             complete_group(self.algorithm, group)
-        self._list_parameters()
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -163,11 +184,15 @@ class _FusedOptimizer(Optimizer):
 
             operators.trace(self)
         else:
+            if self._released is not None:
+                self._released._check_step()
             self._step()
         return loss
 
     def _step(self, given: list[Item] | None = None) -> None:
-        for group in self.param_groups:
+        self._grad_norm = None
+        groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
+        for group in groups:
             check_step(self.algorithm, group)
         clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -194,9 +219,9 @@ class _FusedOptimizer(Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps this object has skipped: a 0-dim int64 tensor, on the device that decides. Reading it does not
-        wait, ``int(...)`` does."""
-        return self._skipped
+        """How many steps this object has skipped so far: a 0-dim int64 tensor, on the device that decides. Reading it does
+        not wait, ``int(...)`` does."""
+        return self._skipped.clone()
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -208,12 +233,14 @@ class _FusedOptimizer(Optimizer):
     def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
         """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
         once a scalar of a step was known to an accelerator alone, so that nothing ever waits for it."""
-        scalars = (grad_scale, found_inf, *(group["lr"] for group in self.param_groups))
-        return (
-            self._counted_on_device
-            or any(group["capturable"] for group in self.param_groups)
-            or any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
-        )
+        if self._counted_on_device:
+            return True
+        scalars = [grad_scale, found_inf]
+        for group in self.param_groups:
+            if group["capturable"]:
+                return True
+            scalars += tensor_options(group).values()
+        return any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
 
     def _reader(self) -> Any:
         """The C++ reader of parameters and state, kept between steps; None where there is none."""
@@ -232,12 +259,13 @@ class _FusedOptimizer(Optimizer):
     def _forget_run(self) -> None:
         """What is found anew in each process."""
         self._kept_reader = None
+        self._released = None
         self._slabs = Slabs()
         self._state_asked_for = True
         self._kept_alive: list[Tensor] = []
         self._counted_on_device = False
         self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._grad_norm: float | Tensor | None = None
+        self._grad_norm = None
         self._name = f"{type(self).__name__} {next(_numbers)}"
         by_name[self._name] = self
 
@@ -323,6 +351,7 @@ class AdaBayes(_FusedOptimizer):
         fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
             the scaler, for Lightning's clipping and Accelerate's fp16.
         max_grad_norm: clip the 2-norm of all gradients to this, within ``step``; ``p.grad`` stays as it is. inf measures only.
+            Over all parts of DTensors; under ZeroRedundancyOptimizer over this process's share alone.
         skip_nonfinite: a step with a gradient that is not finite changes nothing.
 
     State per parameter: ``step``, a 0-dim float32 tensor; ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
@@ -340,9 +369,9 @@ class AdaBayes(_FusedOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         *,
-        batch_size: float,
+        batch_size: float | Tensor,
         sgd_lr: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         weight_decay: float = 0.05,
         transition: str = "paper",
         variance_follows_lr: bool = True,
@@ -407,10 +436,10 @@ class AdaBayesFP(_FusedOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         sgd_lr: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.05,
-        batch_size: float | None = None,
+        batch_size: float | Tensor | None = None,
         maximize: bool = False,
         lean: bool = False,
         backend: str = "auto",

@@ -15,6 +15,7 @@ from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, adabayes_fp
 from .collect import _on, _scalars
 from .gather import as_real, state_dtype
 from .optimizer import _FusedOptimizer
+from .sharding import like, local, placed_like
 
 
 class Posterior(NamedTuple):
@@ -35,6 +36,7 @@ def posterior(optimizer: _FusedOptimizer, p: Tensor) -> Posterior:
     sigma^2_post of the weight itself, a new tensor in the state's dtype: float32, or float64 for float64 parameters. Of a
     complex parameter it is complex, as the state is: its real part is the variance of the weight's real part, its
     imaginary part that of the imaginary part. Before a parameter's first step it is the prior's sigma^2 everywhere.
+    Of a DTensor both are DTensors, placed as it is.
 
     The variance is that under the group's present ``lr``, ``r`` and ``batch_size``, which the next step would use:
 
@@ -58,14 +60,14 @@ def posterior(optimizer: _FusedOptimizer, p: Tensor) -> Posterior:
             "optimizer.set_batch_size(n): the examples the mean loss of one step averages over"
         )
     unit, _ = variance_units(group)
-    variance = torch.empty_like(p, dtype=state_dtype(p), requires_grad=False)
+    variance = torch.empty_like(local(p), dtype=state_dtype(p), requires_grad=False)
     if not reading.state:
         as_real(variance).fill_(unit)
     elif optimizer.algorithm is ADABAYES_FP:
         as_real(variance).copy_(group["lr"] / group["batch_size"] / reading.equation_20().denominator)
     else:
         as_real(variance).copy_(reading.filtered() * unit)
-    return Posterior(p.detach(), variance)
+    return Posterior(p.detach(), like(p, variance))
 
 
 class Equation20(NamedTuple):
@@ -78,11 +80,12 @@ class Equation20(NamedTuple):
 
 class Reading:
     """One parameter's group and state, real and in float64 (where the device has it); a complex parameter's two parts
-    lie in a last dimension. A scalar is a float where the host knows it, else a 0-dim tensor on the parameter's device."""
+    lie in a last dimension; of a DTensor, the part that is here. A scalar is a float where the host knows it, else a 0-dim
+    tensor on the parameter's device."""
 
     def __init__(self, optimizer: _FusedOptimizer, group: dict[str, Any], p: Tensor) -> None:
         self.device, self.dtype = p.device, torch.float32 if p.device.type == "mps" else torch.float64
-        self.values = p.numel() * (2 if p.is_complex() else 1)
+        self.param, self.values = p, local(p).numel() * (2 if p.is_complex() else 1)
         self.algorithm, self.lean = optimizer.algorithm, optimizer.lean
         self.group = _scalars(group, self._scalar)
         self.state: Mapping[str, Any] = optimizer.state.get(p) or {}
@@ -96,7 +99,7 @@ class Reading:
         return name in self.algorithm.stored(self.lean)
 
     def _slot(self, name: str) -> Tensor:
-        slot: Tensor = self.state[name]
+        slot = local(placed_like(self.param, self.state[name]))
         return as_real(slot.detach()).to(self.dtype)
 
     @property

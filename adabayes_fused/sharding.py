@@ -7,7 +7,6 @@ is not imported for it: where there is a DTensor, somebody has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,46 +32,53 @@ def local(t: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # a collective that is still under way
 
 
+def whole(t: Tensor) -> Tensor:
+    """``t`` with the parts of all processes, which all must ask; of a plain tensor itself."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined, no-any-return, unused-ignore]
+
+
 def like(p: Tensor, part: Tensor) -> Tensor:
     """``part``, shaped like the local part of ``p``, as what ``p`` is: a DTensor of the same mesh and placements."""
     if not is_sharded(p):
         return part
-    sharded: Tensor = dtensor_type().from_local(
-        part,
-        p.device_mesh,
-        p.placements,
-        run_check=False,
-        shape=p.shape,
-        stride=p.stride(),  # type: ignore[attr-defined]
-    )
+    spec, shape = spec_of(p), dict(shape=p.shape, stride=p.stride())
+    sharded: Tensor = dtensor_type().from_local(part, spec.mesh, spec.placements, run_check=False, **shape)
     return sharded
 
 
 def placed_like(p: Tensor, t: Tensor) -> Tensor:
     """``t``, of the shape of ``p``, as ``p`` is placed: a DTensor of other placements is redistributed, a whole tensor cut to
     the part that is here. What has the shape of that part already is taken for it."""
-    if not is_sharded(p):
-        return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined, no-any-return]
-    if is_sharded(t):
-        same = t.placements == p.placements and t.device_mesh == p.device_mesh  # type: ignore[attr-defined]
-        return t if same else t.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined, no-any-return]
+    here, wanted = spec_of(t), spec_of(p)
+    if wanted is None:
+        return whole(t)
+    if here is not None:
+        same = here.placements == wanted.placements and here.mesh == wanted.mesh
+        return t if same else t.redistribute(wanted.mesh, wanted.placements)  # type: ignore[attr-defined]
     if t.shape == p.shape and t.shape != local(p).shape:
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        return distribute_tensor(t.to(p.device), wanted.mesh, wanted.placements, src_data_rank=None)
     return like(p, t)
 
 
-def groups_of(p: Tensor) -> tuple[Any, ...]:
-    """The process groups whose members hold different parts of ``p``; none for what every process has whole."""
-    if not is_sharded(p):
+def spec_of(p: Tensor) -> Any:
+    """Of a DTensor its mesh and placements; None of a plain tensor."""
+    return p._spec if is_sharded(p) else None  # type: ignore[attr-defined]
+
+
+def groups_of(spec: Any) -> tuple[Any, ...]:
+    """The process groups whose members hold different parts of what has this spec; none for what each process has whole."""
+    if spec is None:
         return ()
-    mesh = p.device_mesh  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(d) for d, at in enumerate(p.placements) if not at.is_replicate())  # type: ignore[attr-defined]
+    return tuple(spec.mesh.get_group(d) for d, at in enumerate(spec.placements) if not at.is_replicate())
 
 
-def summed(total: Tensor, groups: Iterable[Any]) -> Tensor:
-    """``total`` summed over the processes of these groups, one after the other."""
-    for group in groups:
-        torch.distributed.all_reduce(total, group=group)
-    return total
+def summed(totals: dict[tuple[Any, ...], Tensor]) -> list[Tensor]:
+    """Each of these totals summed over the processes of its groups; in one order in all processes, which else would wait for
+    each other, or add in different orders."""
+    names = {groups: [group.group_name for group in groups] for groups in totals}
+    for groups in sorted(totals, key=names.__getitem__):
+        for group in groups:
+            torch.distributed.all_reduce(totals[groups], group=group)
+    return [totals[groups] for groups in sorted(totals, key=names.__getitem__)]

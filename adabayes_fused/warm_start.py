@@ -24,6 +24,10 @@ def from_adam(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[st
 
     Raises: ValueError where ``state_dict`` is not one of Adam or AdamW for these parameters.
     """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"load_adam_state_dict takes what state_dict() of torch.optim.Adam or AdamW gave, given {list(state_dict)}"
+        )
     groups, here = state_dict["param_groups"], optimizer.param_groups
     lengths, expected = ([len(group["params"]) for group in them] for them in (groups, here))
     if lengths != expected:
@@ -34,6 +38,10 @@ def from_adam(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[st
             raise ValueError(
                 f"load_adam_state_dict takes what torch.optim.Adam or AdamW gave; group {g} lacks amsgrad "
                 f"(it has {', '.join(sorted(saved))})"
+            )
+        if bool(saved.get("maximize")) != bool(group["maximize"]):
+            raise ValueError(
+                f"group {g} of Adam has maximize={saved.get('maximize')}, here it is {group['maximize']}: other signs"
             )
         for i, p in zip(saved["params"], group["params"], strict=True):
             entry = state_dict["state"].get(i)

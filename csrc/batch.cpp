@@ -83,6 +83,20 @@ PyObject* grad_of(PyObject* param) {
   return getter->get(param, getter->closure);
 }
 
+// Of two DTensors' specs, whether they are the same placements on a mesh of the same processes, or, if `one_mesh`, on one mesh:
+// others of the same processes may have process groups of their own.
+bool same_placement(py::handle a, py::handle b, bool one_mesh) {
+  static PyObject *const mesh = PyUnicode_InternFromString("mesh"), *const placements = PyUnicode_InternFromString("placements");
+  if (a.is(b)) return true;
+  const py::object mesh_a = a.attr(mesh), mesh_b = b.attr(mesh);
+  return (mesh_a.is(mesh_b) || (!one_mesh && mesh_a.equal(mesh_b))) && a.attr(placements).equal(b.attr(placements));
+}
+
+py::object spec_of(PyObject* dtensor) {
+  static PyObject* const spec = PyUnicode_InternFromString("_spec");
+  return py::handle(dtensor).attr(spec);
+}
+
 // torch's lazy negation, which no description of the memory shows. It comes as the imaginary part of a lazy conjugate, whose
 // elements lie two apart: dense only where there is one of them.
 bool is_negated_view(PyObject* tensor, const dlpack::Tensor& described) {
@@ -119,6 +133,7 @@ void Batch::clear() {
 void Batch::reset() {
   for (Launch& launch : launches_) launch.rows.clear();
   position_ = 0;
+  specs_.clear();
   counts_.clear(), keys_.clear(), key_index_.clear(), grads_.clear();
 }
 
@@ -133,15 +148,20 @@ bool Batch::describe(PyObject* object, dlpack::Tensor& out) const {
 // The part of `tensor` that is in this process: itself, or a DTensor's local tensor, null where it is placed otherwise than
 // `placed_like`, another DTensor.
 py::object Batch::part_of(PyObject* tensor, PyObject* placed_like) const {
-  static PyObject *const local = PyUnicode_InternFromString("_local_tensor"), *const spec = PyUnicode_InternFromString("_spec");
-  if (Py_TYPE(tensor) != dtensor_type_) {
-    if (Py_TYPE(placed_like) == dtensor_type_) return {};
-    return py::reinterpret_borrow<py::object>(tensor);
-  }
-  if (!dtensors_ || Py_TYPE(placed_like) != dtensor_type_) return {};
-  const py::handle t(tensor), other(placed_like);
-  if (tensor != placed_like && !t.attr(spec).attr("placements").equal(other.attr(spec).attr("placements"))) return {};
-  return t.attr(local);
+  static PyObject* const local = PyUnicode_InternFromString("_local_tensor");
+  const bool sharded = Py_TYPE(tensor) == dtensor_type_;
+  if (sharded != (Py_TYPE(placed_like) == dtensor_type_)) return {};
+  if (!sharded) return py::reinterpret_borrow<py::object>(tensor);
+  if (tensor != placed_like && !same_placement(spec_of(tensor), spec_of(placed_like), false)) return {};
+  return py::handle(tensor).attr(local);
+}
+
+int Batch::index_of(const py::object& spec) {
+  if (!apart_ || !spec || spec.is_none()) return -1;
+  for (size_t k = 0; k < specs_.size(); ++k)
+    if (same_placement(specs_[k], spec, true)) return int(k);
+  specs_.push_back(spec);
+  return int(specs_.size()) - 1;
 }
 
 int64_t Batch::coefficients_for(int group, float step) {
@@ -153,15 +173,15 @@ int64_t Batch::coefficients_for(int group, float step) {
   return found->second;
 }
 
-Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType grad) {
+Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType grad, int spec) {
   for (Launch& l : launches_)
-    if (l.device_type == p.device_type && l.device_id == p.device_id && l.param == param && l.grad == grad) return l;
-  return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, {}});
+    if (l.device_type == p.device_type && l.device_id == p.device_id && l.param == param && l.grad == grad && l.spec == spec) return l;
+  return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, spec, {}});
 }
 
-void Batch::begin(py::list slabs, bool look, bool dtensors) {
+void Batch::begin(py::list slabs, bool look, bool apart) {
   reset();
-  dtensors_ = dtensors;
+  apart_ = apart;
   const size_t n = PyList_GET_SIZE(slabs.ptr());
   look_ = look || n != slabs_.size();
   slabs_.resize(n);
@@ -212,7 +232,7 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
 }
 
 template <class FindState>
-bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, FindState find_state) {
+bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindState find_state) {
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
   dlpack::Tensor p, g;
@@ -226,7 +246,8 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, FindSta
   if (!known && (!dense(p) || !find_state(state) || !look_at(kept, param, p, *param_dtype, state))) return false;
   Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1)};
   std::copy_n(kept.slot, kMaxSlots, row.slot);
-  launch_for(p, *param_dtype, *grad_dtype).rows.push_back(row);
+  if (apart_ && Py_TYPE(param) == dtensor_type_) spec = spec_of(param);
+  launch_for(p, *param_dtype, *grad_dtype, index_of(spec)).rows.push_back(row);
   counts_.push_back({kept.step, *kept.step + 1});
   grads_.push_back(py::reinterpret_borrow<py::object>(grad));
   if (kept.param == param) return true;
@@ -237,10 +258,10 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, FindSta
   return true;
 }
 
-bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle step, int group) {
+bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle step, int group, py::object spec) {
   if (slots.size() != slots_.size()) throw std::invalid_argument("one tensor per slot");
   Kept kept;
-  return take(kept, param.ptr(), grad.ptr(), group, [&](State& state) {
+  return take(kept, param.ptr(), grad.ptr(), group, spec, [&](State& state) {
     state = {nullptr, step.ptr(), {}};
     for (size_t k = 0; k < slots.size(); ++k) state.slots[k] = PyList_GET_ITEM(slots.ptr(), k);
     return true;
@@ -256,7 +277,7 @@ py::list Batch::read(py::list params, py::dict state, int group) {
     const auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
-    if (take(kept, param, grad.ptr(), group, [&](State& out) { return find(state.ptr(), param, out); })) continue;
+    if (take(kept, param, grad.ptr(), group, {}, [&](State& out) { return find(state.ptr(), param, out); })) continue;
     kept.ours = false;
     left.append(i);
   }
@@ -273,7 +294,8 @@ py::list Batch::buckets() const {
   py::list out;
   for (const Launch& l : launches_)
     if (!l.rows.empty())
-      out.append(py::make_tuple(l.device_type, l.device_id, int(l.param), int(l.grad), reinterpret_cast<int64_t>(l.rows.data()), l.rows.size()));
+      out.append(py::make_tuple(l.device_type, l.device_id, int(l.param), int(l.grad), reinterpret_cast<int64_t>(l.rows.data()), l.rows.size(),
+                                l.spec < 0 ? py::none() : specs_[l.spec]));
   return out;
 }
 

@@ -22,21 +22,24 @@ class Batch {
   // Forgets a step that failed, and what was known of the state.
   void clear();
 
-  // Begins a step. `dtensors`: whether `read` takes them. `slabs`: the optimizer's own memory for small state, one tensor each. State that lay there and that
-  // nobody else could reach when last looked at is looked at again only if `look`, or if a slab's memory has been replaced.
-  void begin(py::list slabs, bool look, bool dtensors);
+  // Begins a step. `apart`: DTensors of one mesh and placements have launches of their own. `slabs`: the optimizer's own memory
+  // for small state, one tensor each. State that lay there and that nobody else could reach when last looked at is looked at
+  // again only if `look`, or if a slab's memory has been replaced.
+  void begin(py::list slabs, bool look, bool apart);
 
   // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
   // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
   py::list read(py::list params, py::dict state, int group);
 
-  // Takes one parameter from plain tensors of one layout; false, and nothing taken, if they are not.
-  bool add(py::handle param, py::handle grad, py::list slots, py::handle step, int group);
+  // Takes one parameter from plain tensors of one layout; false, and nothing taken, if they are not. `spec`: that of the
+  // DTensor they are the local parts of, else None.
+  bool add(py::handle param, py::handle grad, py::list slots, py::handle step, int group, py::object spec);
 
   // The distinct (group, step count after this step), in the order of the table's rows of coefficients.
   py::list coefficient_keys() const;
 
-  // One tuple a launch: (device type, device index, param dtype, grad dtype, address of the rows, number of rows).
+  // One tuple a launch: (device type, device index, param dtype, grad dtype, address of the rows, number of rows, the spec of
+  // its DTensors where they are kept apart).
   py::list buckets() const;
 
   // Raises every step count; what `read` and `add` took has been updated.
@@ -46,7 +49,7 @@ class Batch {
   void release();
 
  private:
-  struct Launch { int device_type, device_id; DType param, grad; std::vector<Row> rows; };
+  struct Launch { int device_type, device_id; DType param, grad; int spec; std::vector<Row> rows; };
   struct Count { float* step; float next; };
 
   struct Delete { void operator()(dlpack::Managed* tensor) const { tensor->deleter(tensor); } };
@@ -79,15 +82,17 @@ class Batch {
   bool look_at(Kept& kept, PyObject* param, const dlpack::Tensor& described, DType dtype, const State& state) const;
   bool in_slab(int64_t address) const;
   template <class FindState>
-  bool take(Kept& kept, PyObject* param, PyObject* grad, int group, FindState find_state);
-  Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype);
+  bool take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindState find_state);
+  Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype, int spec);
+  int index_of(const py::object& spec);
   int64_t coefficients_for(int group, float step);
 
   py::tuple slots_;
   const PyTypeObject *parameter_type_, *tensor_type_, *dtensor_type_;
   const dlpack::Api* api_;  // static in torch
-  bool cpu_ = false, cuda_ = false, dtensors_ = false;
+  bool cpu_ = false, cuda_ = false, apart_ = false;
   std::vector<Launch> launches_;
+  std::vector<py::object> specs_;  // of mesh and placements that differ; a launch's `spec` is a place here, or -1
   std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;
   std::unordered_map<uint64_t, int64_t> key_index_;

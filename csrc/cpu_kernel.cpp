@@ -1,5 +1,5 @@
 // One range of one tensor on the CPU. Compiled once per instruction set (ISA is its name, see CMakeLists.txt):
-// the compiler vectorises the one scalar rule, so nothing here may have external linkage but `update`.
+// the compiler vectorises the one scalar rule, so nothing here may have external linkage but what bears its name.
 #include <algorithm>
 #include <utility>
 #include "cpu.h"

@@ -254,11 +254,9 @@ def train(run: Run, text: Text, o: argparse.Namespace, device: torch.device, don
 
 def regimes(optimizer: Any) -> dict[str, float]:
     """Where AdaBayes stands between SGD and Adam, over all weights: every process has to ask."""
-    with contextlib.suppress(RuntimeError):  # not yet of DTensors
-        _, _, *figures = diagnostics(optimizer).overall
-        names = ("regime/sgd_like", "regime/adam_like", "regime/distance")
-        return {name: figure for name, figure in zip(names, figures, strict=True) if figure is not None}
-    return {}
+    _, _, *figures = diagnostics(optimizer).overall
+    names = ("regime/sgd_like", "regime/adam_like", "regime/distance")
+    return {name: figure for name, figure in zip(names, figures, strict=True) if figure is not None}
 
 
 @torch.no_grad()

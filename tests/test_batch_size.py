@@ -82,3 +82,14 @@ def test_a_batch_too_large_for_one_of_the_groups_changes_nothing():
     with pytest.raises(ValueError, match="kappa.*is above 1"):
         optimizer.set_batch_size(20)
     assert sizes(optimizer) == [8, 8]
+
+
+def test_numpy_numbers_later_groups_and_integer_tensors():
+    optimizer = make("AdaBayes", dict(batch_size=torch.tensor(8)), {})
+    optimizer.set_batch_size(np.int64(6))
+    assert type(sizes(optimizer)[1]) is int  # weights_only loading takes no other
+    optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(2))]))
+    assert sizes(optimizer) == [6, 6, 6]
+    with pytest.raises(ValueError, match="Invalid batch_size: 2.5 .*tensor of torch.int64: integers"):
+        optimizer.set_batch_size(2.5)
+    assert sizes(optimizer) == [6, 6, 6]

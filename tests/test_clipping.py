@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from runs import FUSED
@@ -181,6 +182,51 @@ def test_amp_clip_and_step_are_the_unfused_sequence(name, fused_unscale):
     assert skipped > 2
     assert int(optimizer.skipped_steps) == (skipped if fused_unscale else 0)  # else the scaler does not call step
     assert scalers[0].get_scale() == scalers[1].get_scale()
+
+
+def test_measuring_changes_nothing_where_the_norm_is_infinite():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = make("AdaBayesFP", [p], "auto", max_grad_norm=math.inf)
+    p.grad = torch.tensor([1.0, math.inf, 1.0, 1.0])
+    optimizer.step()
+    assert p.isfinite().tolist() == [True, False, True, True]
+    assert optimizer.grad_norm == math.inf
+
+
+def test_norm_and_count_are_of_their_step():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = make("AdaBayesFP", [p], "auto", max_grad_norm=np.float32(0.5), skip_nonfinite=True)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.grad_norm == 2.0
+    counted = optimizer.skipped_steps
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert (int(counted), int(optimizer.skipped_steps), optimizer.grad_norm) == (0, 1, None)
+    del optimizer.found_inf
+    optimizer.max_grad_norm, optimizer.skip_nonfinite = None, False
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
+@pytest.mark.parametrize("without", ["extension", "none"])
+def test_a_norm_on_an_accelerator_is_not_waited_for(without, monkeypatch):
+    """Tensors of the meta device raise where the host would read them; the update itself is left out."""
+    from adabayes_fused import backends, collect
+    from adabayes_fused.backends import foreach, native
+
+    p = torch.nn.Parameter(torch.ones(4, device="meta"))
+    p.grad = torch.ones(4, device="meta")
+    if without == "extension":
+        monkeypatch.setattr(native, "module", None)
+        backends.choose.cache_clear()
+    monkeypatch.setattr(foreach, "prepare", lambda launch: lambda: None)
+    monkeypatch.setattr(collect, "_count", lambda prepared, found_inf: None)  # torch's addition, which reads on meta alone
+    optimizer = make("AdaBayesFP", [p], "foreach", max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer.step()
+    assert optimizer.grad_norm.device.type == "meta"
+    assert optimizer.skipped_steps.device.type == "meta"
+    backends.choose.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import FUSED, SLOW
 
-from adabayes_fused import AdaBayes, AdaBayesFP
+from adabayes_fused import AdaBayes, AdaBayesFP, collect
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 nan, inf = math.nan, math.inf
@@ -82,6 +82,33 @@ def test_parameter_group(name, options, error, words):
 def test_batch_size_is_required():
     with pytest.raises(TypeError, match="batch_size"):
         AdaBayes([parameter(3)])
+
+
+@pytest.mark.parametrize("option", ["lean", "backend", "fused_unscale", "max_grad_norm", "skip_nonfinite"])
+def test_an_option_of_the_whole_optimizer_in_a_group(option):
+    with pytest.raises(ValueError, match=f"{option} is an option of the whole optimizer, not of a parameter group"):
+        FUSED["AdaBayesFP"]([{"params": [torch.nn.Parameter(torch.ones(2))], option: "other"}])
+
+
+def test_memory_that_runs_out_while_state_is_made(monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = FUSED["AdaBayes"](params, batch_size=8)
+    for p in params:
+        p.grad = torch.ones(2)
+    make = collect.new_state
+
+    def new_state(algorithm, lean, p, *others):
+        if p is params[1]:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return make(algorithm, lean, p, *others)
+
+    monkeypatch.setattr(collect, "new_state", new_state)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        optimizer.step()
+    assert not any(optimizer.state[p] for p in params)
+    monkeypatch.undo()
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [1.0, 1.0, 1.0]
 
 
 def test_mistyped_group_option():

@@ -32,25 +32,36 @@ class AdaBayes(adabayes_fused.AdaBayes):
         super().__init__(*args, batch_size=batch_size, **options)
 
 
+class AdaBayesLeanForeach(AdaBayes):
+    """``lean`` and ``backend`` are of the whole optimizer, and many tests put what they construct with into groups."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, lean=True, backend="foreach", **options)
+
+
+class AdaBayesFPLeanForeach(AdaBayesFP):
+    def __init__(self, *args, **options):
+        super().__init__(*args, lean=True, backend="foreach", **options)
+
+
 def options(cls):
     """What the tests construct ``cls`` with. Decay is always given: where it is not, they take it for zero."""
-    paths = [  # through our code: plain, another sign, without the optional state, scalars on the device
+    paths = [  # through our code: plain, another sign, scalars on the device
         dict(weight_decay=0.05),
         dict(weight_decay=0.1, lr=0.01, maximize=True),
-        dict(weight_decay=0.0, lean=True),
         dict(weight_decay=0.0, lr=torch.tensor(0.001), betas=(torch.tensor([[[0.9]]]), torch.tensor([[0.99]])), capturable=True),
     ]
-    own = {
-        AdaBayes: [
-            dict(weight_decay=0.0, lr=torch.tensor(0.001), batch_size=300, sgd_lr=0.5, transition="exact"),
-            dict(weight_decay=0.1, variance_follows_lr=False),
-        ],
-        AdaBayesFP: [
+    if issubclass(cls, AdaBayesFP):
+        return [
             dict(weight_decay=0.0, lr=torch.tensor(0.001), sgd_lr=math.inf),
             dict(weight_decay=0.1, eps=1e-3, batch_size=8),
-        ],
-    }
-    return own[cls] + [given | dict(backend=backend) for backend in ("auto", "foreach") for given in paths]
+            *paths,
+        ]
+    return [
+        dict(weight_decay=0.0, lr=torch.tensor(0.001), batch_size=300, sgd_lr=0.5, transition="exact"),
+        dict(weight_decay=0.1, variance_follows_lr=False),
+        *paths,
+    ]
 
 
 ERRORS = [
@@ -102,4 +113,6 @@ def info(cls, skips=()):
 
 SKIPS = {"test_param_groups_lr": "the first steps of Algorithm 1 are of size sgd_lr, whatever lr the group begins with"}
 
-TestOptimRenewedCPU = torch_suite.load(torch_suite.path(), [info(AdaBayes, SKIPS), info(AdaBayesFP)])
+TestOptimRenewedCPU = torch_suite.load(
+    torch_suite.path(), [info(AdaBayes, SKIPS), info(AdaBayesFP), info(AdaBayesLeanForeach, SKIPS), info(AdaBayesFPLeanForeach)]
+)

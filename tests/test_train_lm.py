@@ -150,6 +150,9 @@ def test_ddp_and_fsdp2_learn_the_same(folder, text):
         assert sum(losses[-5:]) / 5 < 2.3
         assert float(re.search("validation loss (.*)", job.out)[1]) < 2.3
         assert job.out.count("step ") == 60
+    shares = [curves(output)["regime/sgd_like"] for output in outputs[:2]]
+    for (step, one), (_, other) in zip(*shares, strict=True):
+        assert one == pytest.approx(other, abs=0.01), step
     ddp, fsdp2 = (state_of(output)["model"] for output in outputs[:2])
     assert ddp.keys() == fsdp2.keys()
     for name in ddp:

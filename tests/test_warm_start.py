@@ -123,7 +123,7 @@ def test_at_a_constant_gradient_adabayes_stays_at_the_fixed_point():
 def test_options_stay_and_lower_precision_is_widened(name, lean):
     params = [p.bfloat16() for p in parameters()]
     params = [torch.nn.Parameter(p.detach()) for p in params]
-    adam = torch.optim.Adam(grouped(params), lr=0.5, betas=(0.5, 0.6), maximize=True)
+    adam = torch.optim.Adam(grouped(params), lr=0.5, betas=(0.5, 0.6))
     train(adam, params, 4, seed=3)
     optimizer = FUSED[name](grouped(copies(params)), lr=torch.tensor(1e-2), lean=lean, **OPTIONS[name])
     groups, lr = [dict(group) for group in optimizer.param_groups], optimizer.param_groups[0]["lr"]
@@ -215,3 +215,16 @@ def test_what_is_not_adams_changes_nothing(name, wrong):
     assert after["param_groups"] == before["param_groups"]
     for i, entry in before["state"].items():
         assert all(torch.equal(after["state"][i][key], value) for key, value in entry.items())
+
+
+def test_averages_of_the_other_sign_are_refused():
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.Adam([q], maximize=True)
+    q.grad = torch.ones(3)
+    adam.step()
+    optimizer = FUSED["AdaBayesFP"]([p])
+    with pytest.raises(ValueError, match="group 0 of Adam has maximize=True, here it is False"):
+        optimizer.load_adam_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match="takes what state_dict"):
+        optimizer.load_adam_state_dict({})
+    assert not optimizer.state

@@ -1,7 +1,7 @@
 """The backends, one file each, and the choice between them.
 
 Each has ``unavailable(device)``: None, or why it cannot update parameters there and what to do about it;
-``sum_of_squares(launch)``: of all its gradients, a 0-dim float64 tensor on its device, never waited for; and
+``sum_of_squares(launch)``: of all its gradients, a 0-dim tensor on its device (float64 where it has it), never waited for; and
 ``prepare(launch)``: everything that may fail, returning the function that updates.
 """
 
