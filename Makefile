@@ -6,16 +6,18 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 ARGS ?=
+TEXT ?= README.md
 
 RUN := $(VENV)/bin/python
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
+lm_extras := example
 test_extras := demo,bench,test,frameworks
 bench_extras := bench
 lint_extras := dev
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint clean
+.PHONY: help demo lm test bench lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -23,6 +25,9 @@ help:  ## This list
 
 demo: $(VENV)/demo.stamp  ## Train on digits with five optimizers; a table, demo/digits.png, demo/digits.json
 	$(RUN) examples/digits.py $(ARGS)
+
+lm: $(VENV)/lm.stamp  ## Train a small transformer on TEXT in two processes; checkpoints and curves in runs/lm
+	$(RUN) -m torch.distributed.run --standalone --nproc_per_node 2 examples/train_lm.py $(TEXT) $(ARGS)
 
 test: $(VENV)/test.stamp  ## Every test
 	$(RUN) -m pytest $(ARGS)
@@ -35,7 +40,7 @@ lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
 	if grep -q '^\[tool.mypy' pyproject.toml; then $(RUN) -m mypy; fi
 
 clean:  ## Remove what was made here
-	rm -rf .venv build demo *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Without pip of its own, the environment uses $(PYTHON)'s: an old setuptools, which venv may bring, would hide $(PYTHON)'s.
