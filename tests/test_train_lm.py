@@ -61,7 +61,7 @@ class Job:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=environment)
 
-    def end(self, timeout=100):
+    def end(self, timeout=300):
         try:
             self.out, self.err = self.process.communicate(timeout=timeout)
         finally:
@@ -92,7 +92,7 @@ class Job:
             os.kill(workers[rank], signal.SIGKILL)
 
 
-def wait_for(job, condition, timeout=60):
+def wait_for(job, condition, timeout=300):
     """Polls as fast as others let it: what it waits for lasts for milliseconds."""
     until = time.monotonic() + timeout
     while not condition():
@@ -108,7 +108,9 @@ def newest(output):
 
 
 def saving(output):
-    return any((output / "checkpoints").glob(".unfinished-*/*"))
+    with contextlib.suppress(FileNotFoundError):  # it was there when the folder was listed
+        return any((output / "checkpoints").glob(".unfinished-*/*"))
+    return False
 
 
 def state_of(output):
