@@ -15,11 +15,11 @@ import torch
 
 PACKAGES = [
     *("adabayes_fused", "torch", "triton", "numpy", "matplotlib"),
-    *("torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex", "ivon-opt"),
+    *("torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex", "ivon-opt", "pytorch-optimizer", "scikit-learn"),
 ]
 
 
-def about(device: str) -> dict:
+def about(device: str, module: str = "bench") -> dict:
     gpu = _first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") if device == "cuda" else ""
     return dict(
         cpu=cpu_model(),
@@ -35,7 +35,7 @@ def about(device: str) -> dict:
         python=platform.python_version(),
         versions={name: version for name in PACKAGES if (version := installed(name))},
         commit=commit(),
-        command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", module, *sys.argv[1:]]),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 

@@ -1,0 +1,139 @@
+"""``python -m bench.paper``: the paper's experiments, from the data to tables and pictures.
+
+    python -m bench.paper digits                                   minutes on two cores
+    python -m bench.paper fashion --jobs 2                         an hour
+    python -m bench.paper cifar10 --folder cifar-10-batches-bin    ResNet-34, on a GPU
+    python -m bench.paper report FOLDER                            tables and pictures again, from the JSON alone
+    python -m bench.paper theory                                   Section 2 and Appendix C, from numbers
+
+Killed at any moment, the same command goes on. What it trains: every row of Table 1, unless --optimizers names some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench import machine
+
+from . import data, networks
+from .jobs import Plan, measure_gradients, run_all
+from .optimizers import OPTIMIZERS, ORDER, TABLE1
+from .train import Job, WrongRun
+
+RESULTS = Path(__file__).parents[1] / "results"
+# Network, epochs, seeds, where nothing else is said; CIFAR's are the paper's. lr drops after three quarters, as there.
+DEFAULTS = {
+    "digits": ("small", 60, [0, 1, 2]),
+    "fashion": ("small", 12, [0, 1, 2]),
+    "cifar10": ("resnet34", 200, [0]),
+    "cifar100": ("resnet34", 200, [0]),
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for key, title in data.NAMES.items():
+        add_training(
+            commands.add_parser(key, help=f"train on {title}", formatter_class=argparse.ArgumentDefaultsHelpFormatter), key
+        )
+    report = commands.add_parser("report", help="tables and pictures of what a folder holds")
+    report.add_argument("output", type=Path, metavar="FOLDER")
+    commands.add_parser("theory", help="Section 2 and Appendix C").add_argument(
+        "--output", type=Path, default=RESULTS / "paper-theory", metavar="FOLDER"
+    )
+    options = parser.parse_args(argv)
+    if options.command in data.NAMES:
+        complete(options, parser.error)
+    return options
+
+
+def add_training(parser: argparse.ArgumentParser, key: str) -> None:
+    network, epochs, seeds = DEFAULTS[key]
+    add = parser.add_argument
+    if key != "digits":
+        where = data.DEBIAN if key == "fashion" else None
+        add("--folder", type=Path, default=where, required=where is None, help=data.WHERE[key])
+    add("--name", help="what the tables call the data, if they are no originals")
+    add("--network", choices=networks.TITLES, default=network)
+    add("--width", type=float, default=1.0, help="of the network's channels; 1 is the paper's")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(TABLE1), metavar="NAME", help=", ".join(OPTIMIZERS))
+    add("--seeds", nargs="+", type=int, default=seeds, metavar="N")
+    add("--epochs", type=int, default=epochs)
+    add("--drop", type=int, help="epochs after which lr is divided by ten; three quarters of all, if not given")
+    add("--images", type=int, help="of training and of testing at most so many, the first; else all")
+    add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--float32", action="store_true", help="on a GPU too, where bfloat16 autocast is usual here")
+    add("--output", type=Path, help="folder; bench/results/paper-DATA-NETWORK, if not given")
+
+
+def complete(options: argparse.Namespace, error) -> None:
+    for name in ("epochs", "jobs", "images", "drop"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            error(f"--{name} {value} is not above 0")
+    options.drop = options.drop or max(1, options.epochs * 3 // 4)
+    options.output = options.output or RESULTS / f"paper-{options.command}-{options.network}"
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    names = sorted(set(options.optimizers), key=ORDER.index)
+    jobs = [
+        Job(options.network, name, seed, options.epochs, options.drop, width=options.width,
+            bfloat16=options.device == "cuda" and not options.float32)
+        for seed in dict.fromkeys(options.seeds) for name in names
+    ]  # fmt: skip
+    bayes = next((job for job in jobs if job.optimizer == "AdaBayes"), None)
+    about = machine.about(options.device, "bench.paper")
+    folder = getattr(options, "folder", None)
+    return Plan(options.command, folder, options.name, options.images, options.device, options.output, about, jobs, bayes)
+
+
+def reproduce(options: argparse.Namespace, console: Console) -> list[Path]:
+    plan = plan_of(options)
+    images = plan.load()  # here too, so that what is wrong with it is told before a process is started
+    run_all(plan, min(options.jobs, len(plan.jobs)), console)
+    measure_gradients(plan, images, console)
+    return report(options, console)
+
+
+def report(options: argparse.Namespace, console: Console) -> list[Path]:
+    from . import gradients, pictures, report
+
+    report.show(options.output, console)
+    written = report.write(options.output) + pictures.draw(options.output)
+    return written + gradients.draw(options.output)
+
+
+def theory(options: argparse.Namespace, console: Console) -> list[Path]:
+    from . import theory
+
+    return theory.write(options.output)
+
+
+COMMANDS = {"report": report, "theory": theory}
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, console = parse(argv), Console()
+    try:
+        written = COMMANDS.get(options.command, reproduce)(options, console)
+    except (data.WrongData, WrongRun) as error:
+        console.print(f"[red]{error}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on.")
+        return 130
+    console.print("Written:", *written, sep="\n  ", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Figure 3's points: each weight's variance beside what Eq. 20 says it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adabayes_fused import AdaBayes, posterior
+
+POINTS = 10_000
+
+
+def fixed_point(x: torch.Tensor, sigma_sq: float) -> torch.Tensor:
+    """sigma^2_post where the filter comes to rest (Eq. 20), at x = eta / sqrt(<g^2>), of x's shape."""
+    return 2 * sigma_sq / (1 + (1 + 4 * (sigma_sq / x) ** 2).sqrt())
+
+
+@torch.no_grad()
+def figure3(optimizer: AdaBayes, seed: int) -> dict[str, Any]:
+    """x and sigma^2_post of random weights, in the paper's units (gradients of the summed loss), and the mean and standard
+    deviation of sigma^2_post / Eq. 20 over all weights that ever had a gradient, and over those on Adam's side, x < sigma^2."""
+    (group,) = optimizer.param_groups
+    eta, batch_size = float(group["lr"]), float(group["batch_size"])
+    sigma_sq = eta * float(group["r"]) / batch_size  # Eq. 22
+    found = []
+    for p in group["params"]:
+        state = optimizer.state[p]
+        mean_sq = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
+        found.append(torch.stack([eta / (batch_size * mean_sq.sqrt()), posterior(optimizer, p)[1].double()]).flatten(1))
+    x, post = torch.cat(found, 1)
+    seen = x.isfinite()
+    x, post = x[seen], post[seen]
+    ratio = post / fixed_point(x, sigma_sq)
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:POINTS].to(x.device)
+    on_adams_side = ratio[x < sigma_sq]
+    return dict(
+        eta=eta,
+        sigma_sq=sigma_sq,
+        x=short(x[some]),
+        post=short(post[some]),
+        left_out=int((~seen).sum()),
+        **statistics(ratio),
+        adam_side=statistics(on_adams_side) if len(on_adams_side) else None,
+    )
+
+
+def statistics(ratio: torch.Tensor) -> dict[str, Any]:
+    return dict(weights=len(ratio), ratio_mean=ratio.mean().item(), ratio_std=ratio.std(correction=0).item())
+
+
+def short(values: torch.Tensor) -> list[float]:
+    return [float(f"{v:.5g}") for v in values.tolist()]

@@ -1,0 +1,155 @@
+"""Trains many runs, several at a time in processes that read the images once, under one progress bar."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import data
+from .train import Job, Run, WrongRun, checkpoint_of, train, write
+
+
+class Plan(NamedTuple):
+    """What is trained, and at the end of which run Appendix A and B are measured, if that."""
+
+    key: str
+    folder: Path | None
+    name: str | None
+    images: int | None  # of each part at most so many, the first
+    device: str
+    output: Path
+    about: dict[str, Any]
+    jobs: list[Job]
+    measured: Job | None
+
+    def load(self) -> data.Data:
+        found = data.load(self.key, self.folder, self.name)
+        if self.images is not None:
+            n = self.images
+            found = found._replace(
+                train_x=found.train_x[:n], train_y=found.train_y[:n], test_x=found.test_x[:n], test_y=found.test_y[:n],
+                name=f"{found.name}, first {n:,}",
+            )  # fmt: skip
+        return found.to(torch.device(self.device))
+
+
+def run_all(plan: Plan, at_once: int, console: Console) -> None:
+    """Raises: WrongRun, or what else a run ended with; the others of its turn are ended too, and go on at the next call."""
+    with claimed(plan.output), Progress(*COLUMNS, console=console) as progress:
+        whole = progress.add_task("all runs", total=len(plan.jobs), says="")
+        bars: dict[str, Any] = {}
+        for name, part, says in told(plan, at_once):
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=1.0, says="")
+            progress.update(bars[name], completed=part, **({"says": says} if says else {}))
+            if part == 2.0:  # its process has ended with it
+                progress.remove_task(bars[name])
+                progress.advance(whole)
+                if says:
+                    console.print(f"{name}: {says}")
+
+
+def measure_gradients(plan: Plan, images: data.Data, console: Console) -> None:
+    """Appendix A and B, once the run is at its end."""
+    written = plan.output / "gradients.json"
+    if plan.measured is None or not (checkpoint := checkpoint_of(plan.measured, plan.output)).exists():
+        return
+    from .gradients import measure
+
+    run = Run(plan.measured, data.Augmented(images), plan.about)
+    run.load(torch.load(checkpoint, map_location=run.device, weights_only=True), plan.about)
+    with Progress(*COLUMNS, console=console) as progress:
+        bar = progress.add_task("gradients of Appendix A and B", total=1.0, says="")
+        found = measure(run.model, images, plan.measured.batch_size, plan.measured.seed, device=run.device,
+                        tell=lambda part: progress.update(bar, completed=part))  # fmt: skip
+    write(
+        written, {"run": plan.measured.name, "data": images.name, "network": run.record["title"], "machine": plan.about, **found}
+    )
+    checkpoint.unlink()
+
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[says]}"))
+
+
+def told(plan: Plan, at_once: int) -> Iterator[tuple[str, float, str]]:
+    """(run, how much of it is done, what it says) as it comes; 2.0 once it has ended."""
+    context = multiprocessing.get_context("spawn")
+    messages, threads = context.Queue(), max(1, torch.get_num_threads() // at_once)
+    with ProcessPoolExecutor(at_once, context, _prepare, (plan, threads, messages)) as pool:
+        pending = {job.name: pool.submit(_train, job) for job in plan.jobs}
+        last: dict[str, str] = {}
+        try:
+            while pending:
+                try:
+                    name, part, says = messages.get(timeout=0.2)
+                    last[name] = says or last.get(name, "")
+                    yield name, part, says
+                except queue.Empty:
+                    for name in [name for name, future in pending.items() if future.done()]:
+                        _result(pending.pop(name))
+                        yield name, 2.0, last.get(name, "")
+        except BaseException:
+            for process in (pool._processes or {}).values():  # until 3.14's terminate_workers
+                process.terminate()
+            raise
+
+
+def _result(future: Future[None]) -> None:
+    future.result()
+
+
+# --- In the processes -------------------------------------------------------------------------------------------------
+
+_tell: Callable[[tuple[str, float, str]], None]
+_plan: Plan
+_images: data.Augmented
+
+
+def _prepare(plan: Plan, threads: int, messages: Any) -> None:
+    global _plan, _images, _tell
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True
+    _plan, _images, _tell = plan, data.Augmented(plan.load()), messages.put
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _train(job: Job) -> None:
+    def tell(part: float, says: str) -> None:
+        _tell((job.name, part, says))
+
+    about = _plan.about | {"threads": torch.get_num_threads()}
+    train(job, _images, _plan.output, about, tell, keep=job == _plan.measured)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is this process's until it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WrongRun(f"another process is training into {folder}: wait for it, or give another --output") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
