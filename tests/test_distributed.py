@@ -157,7 +157,7 @@ def test_ddp_keeps_replicas_the_same(launched):
             assert run["replicas"]
             assert run["single"] < ROUNDING
             if name.endswith("views True"):
-                assert any(offset % 16 for offset in run["offsets"])
+                assert sum(offset % 8 == 4 for offset in run["offsets"]) >= len(run["offsets"]) / 2  # odd, in float32s
 
 
 def test_fsdp1(launched):
