@@ -12,12 +12,13 @@ RUN := $(VENV)/bin/python
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
 lm_extras := example
-test_extras := demo,bench,test,frameworks
+paper_extras := paper
+test_extras := demo,bench,paper,test,frameworks
 bench_extras := bench
 lint_extras := dev
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test bench lint clean
+.PHONY: help demo lm test bench paper lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -34,6 +35,9 @@ test: $(VENV)/test.stamp  ## Every test
 
 bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results
 	$(RUN) -m bench $(ARGS)
+
+paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in bench/results
+	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
 	$(RUN) -m ruff check .
