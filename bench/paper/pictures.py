@@ -104,7 +104,7 @@ def _over_epochs(at: Axes, group: Group) -> None:
     if group.protocol["drop"] < group.protocol["epochs"]:
         at.axvline(group.protocol["drop"], color=GREY, linestyle=":", linewidth=1)
     at.set(yscale="log", xlabel="epoch")
-    at.xaxis.set_major_locator(MaxNLocator(integer=True))
+    at.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     at.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
     at.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     at.yaxis.set_minor_formatter(NullFormatter())

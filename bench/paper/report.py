@@ -309,8 +309,8 @@ def _note_on_differences(error: float | None, loss: float | None) -> str:
     return (
         "± is the standard error of a difference: the variance between seeds, pooled over all optimizers "
         f"(sd {math.sqrt(error):.2f} % and {math.sqrt(loss):.4f}), over the number of seeds of each, and for the error the "
-        "binomial variance of both. The latter is an upper bound, as networks err together on the same images; seeds alone is the "
-        "lower bound. Of pairs that do not differ, 5 % are more than two standard errors apart all the same."
+        "binomial variance of both. The latter is an upper bound, as networks err together on the same images; seeds alone is "
+        "the lower bound. Of pairs that do not differ, 5 % are more than two standard errors apart all the same."
     )
 
 
