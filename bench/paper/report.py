@@ -177,8 +177,8 @@ def binomial(percent: float, images: int) -> float:
 
 
 def pooled_variance(samples: Iterable[Sample]) -> float | None:
-    """Within the samples, none where all have one seed. A run whose numbers are not finite says nothing of the others."""
-    several = [s.least for s in samples if len(s.least) > 1 and np.isfinite(s.least).all()]
+    """Within the samples; none where all have one seed."""
+    several = [s.least for s in samples if len(s.least) > 1]
     freedom = sum(len(least) - 1 for least in several)
     return sum(float(((least - least.mean()) ** 2).sum()) for least in several) / freedom if freedom else None
 
@@ -227,6 +227,7 @@ class Comparison(NamedTuple):
 
 
 def comparison(group: Group, measure: Measure) -> Comparison:
+    """Without optimizers that have a run whose loss is never finite."""
     samples = {name: sample(runs, measure) for name, runs in group.complete.items()}
     samples = {name: found for name, found in samples.items() if math.isfinite(found.mean)}
     return Comparison(samples, pooled_variance(samples.values()), group.protocol["test_images"] if measure is ERROR else 0)
@@ -382,7 +383,7 @@ def _neighbours(found: Comparison, ranked: list[str], measure: Measure) -> list[
 class Pair(NamedTuple):
     """Two optimizers, the one that is lower here first, and the paper's difference.
 
-    ``way`` is 1 where the paper has them in the same order, -1 in the other, 0 where it ties them or ours are too close.
+    ``way`` is 1 where the paper has them in the same order, -1 in the other, 0 where either ties them.
     """
 
     ours: Difference
@@ -390,7 +391,7 @@ class Pair(NamedTuple):
 
     @property
     def way(self) -> int:
-        return int(np.sign(self.ours.value * self.paper)) if self.ours.level else 0
+        return int(np.sign(self.ours.value * self.paper))
 
 
 def pairs(found: Comparison, ranked: list[str], paper: Mapping[str, float]) -> list[Pair]:
@@ -519,7 +520,7 @@ def write(folder: Path) -> list[Path]:
 
 def show(folder: Path, console: Console) -> None:
     for group in groups(read(folder)):
-        table = Table(title=group.title, title_justify="left", padding=0)
+        table = Table(title=escape(group.title), title_justify="left", padding=0)
         for name in headings(group):
             table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
         for line in cells(rows(group), "[bold]{}[/bold]"):
