@@ -1,0 +1,532 @@
+"""Table 1 and what it says, from the JSON of a results folder alone.
+
+Standard errors. The binomial error of an error rate p, sqrt(p (1 - p) / n) over n test images, is what another draw of test
+images would change. It is the same for one run and for the mean over seeds: all seeds saw the same images, so more seeds do not
+average it away; nor does it hold what another training would change, which is the spread between seeds. The difference between
+two optimizers has the variance ``s^2 (1 / k1 + 1 / k2) + (p1 (1 - p1) + p2 (1 - p2)) / n``: k1 and k2 are the numbers of seeds,
+s^2 is the variance between seeds, pooled over all optimizers of the table since three seeds alone say little of a variance. The
+second part takes the two as if they had seen different images. It is an upper bound: networks err together on the same images,
+how much only a record of which images were wrong could tell. The first part alone is the lower bound, right where both
+optimizers' networks find the same images hard. Losses have only that, and no standard error where each optimizer has one seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from scipy import stats
+
+from ..machine import caption
+from . import reported
+
+FIGURE3 = ".figure3.json"
+OURS = "AdaBayes"
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+KEYS = {"data", "data_key", "network", "title", "parameters", "optimizer", "seed", "options", "protocol", "machine", "epochs"}
+PROTOCOL = {"epochs", "drop", "factor", "batch_size", "train_images", "test_images", "augmentation", "precision", "width"}
+FIGURES = {"epoch", "test_error", "test_loss"}
+
+
+def slug(name: str) -> str:
+    """An optimizer's name as a file's."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Every run below ``folder/runs``, in the table's order, each with its "path".
+
+    Raises: FileNotFoundError where there is no run; ValueError, naming the file, where one does not hold a run.
+    """
+    paths = [path for path in sorted((folder / "runs").rglob("*.json")) if not path.name.endswith(FIGURE3)]
+    if not paths:
+        raise FileNotFoundError(f"there are no runs in {folder / 'runs'}")
+    return sorted((_read_run(path) for path in paths), key=lambda run: (_position(run["optimizer"]), run["seed"]))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # of the JSON or of its bytes
+        raise ValueError(f"{path} is broken: {error}") from error
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    run = read_json(path)
+    wrong = _lacks(run, KEYS) or _lacks(run["protocol"], PROTOCOL)
+    wrong = wrong or next(filter(None, (_lacks(epoch, FIGURES) for epoch in run["epochs"])), "")
+    if not wrong and [epoch["epoch"] for epoch in run["epochs"]] != list(range(1, len(run["epochs"]) + 1)):
+        wrong = "its epochs are not 1, 2, 3 and so on"
+    if wrong:
+        raise ValueError(f"{path} holds no run: {wrong}")
+    return run | {"path": path}
+
+
+def _lacks(part: Any, keys: set[str]) -> str:
+    missing = keys - part.keys() if isinstance(part, dict) else keys
+    return f"it lacks {', '.join(sorted(missing))}" if missing else ""
+
+
+def complete(run: Mapping[str, Any]) -> bool:
+    return len(run["epochs"]) == run["protocol"]["epochs"]
+
+
+def original(optimizer: str) -> str:
+    """What a variant is a variant of: "AdaBayes" for "AdaBayes, slow path"; of what is none, the name itself."""
+    return optimizer.partition(", ")[0]
+
+
+def _position(optimizer: str) -> tuple[bool, int, str]:
+    """Table 1's order, then the variants, AdaBayes's first."""
+    place = reported.ORDER.index(original(optimizer)) if original(optimizer) in reported.ORDER else len(reported.ORDER)
+    return (False, place, "") if optimizer in reported.ORDER else (True, -place, optimizer)
+
+
+class Group(NamedTuple):
+    """Runs that may be compared: of the same data, network and protocol. ``first`` is one; ``complete`` are by optimizer."""
+
+    first: dict[str, Any]
+    complete: dict[str, list[dict[str, Any]]]
+    incomplete: list[dict[str, Any]]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return self.first["protocol"]
+
+    @property
+    def title(self) -> str:
+        width = self.protocol["width"]
+        return f"{self.first['data']}, {self.first['title']}" + (f" of width {width:g}" if width != 1 else "")
+
+    @property
+    def paper(self) -> tuple[str, str]:
+        """The data and network of Table 1 beside which the group stands: its own, or CIFAR-10 and ResNet-34."""
+        data, network = self.first["data_key"], self.first["network"]
+        return data if data in reported.DATA else "cifar10", network if network in reported.NETWORKS else "resnet34"
+
+    @property
+    def paper_title(self) -> str:
+        return f"{reported.DATA[self.paper[0]]}, {reported.NETWORKS[self.paper[1]]}"
+
+
+def groups(runs: Iterable[dict[str, Any]]) -> list[Group]:
+    """Raises: ValueError where an optimizer's seeds were trained with different options."""
+    found: dict[str, Group] = {}
+    for run in runs:
+        key = json.dumps([run["data"], run["network"], run["protocol"]], sort_keys=True)
+        group = found.setdefault(key, Group(run, {}, []))
+        seeds = group.complete.setdefault(run["optimizer"], []) if complete(run) else group.incomplete
+        if complete(run) and seeds and seeds[0]["options"] != run["options"]:
+            raise ValueError(f"{run['path']} and {seeds[0]['path']} have different options: no mean over them has a meaning")
+        seeds.append(run)
+    return list(found.values())
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+class Measure(NamedTuple):
+    """Its key in an epoch, its place in Table 1's pair, the digits it is shown with."""
+
+    key: str
+    place: int
+    digits: int
+
+
+ERROR = Measure("test_error", 0, 2)
+LOSS = Measure("test_loss", 1, 4)
+
+
+class Sample(NamedTuple):
+    """An optimizer's complete runs: the minimum over the epochs and the last epoch's, each (seeds,)."""
+
+    least: np.ndarray
+    last: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        return float(self.least.mean())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation between seeds."""
+        return float(self.least.std(ddof=1)) if len(self.least) > 1 else None
+
+
+def sample(runs: Iterable[Mapping[str, Any]], measure: Measure) -> Sample:
+    curves = [np.array([epoch[measure.key] for epoch in run["epochs"]], dtype=float) for run in runs]
+    return Sample(np.array([np.fmin.reduce(curve) for curve in curves]), np.array([curve[-1] for curve in curves]))
+
+
+def binomial(percent: float, images: int) -> float:
+    """Standard error, in percent points, of an error in percent on so many images."""
+    return math.sqrt(percent * (100 - percent) / images)
+
+
+def pooled_variance(samples: Iterable[Sample]) -> float | None:
+    """Within the samples; none where all have one seed."""
+    several = [s.least for s in samples if len(s.least) > 1]
+    freedom = sum(len(least) - 1 for least in several)
+    return sum(float(((least - least.mean()) ** 2).sum()) for least in several) / freedom if freedom else None
+
+
+class Difference(NamedTuple):
+    """``second`` less ``first``, and its standard error."""
+
+    first: str
+    second: str
+    value: float
+    error: float
+
+    @property
+    def level(self) -> int:
+        """2, 1, 0: it exceeds two, one, no standard error."""
+        return (abs(self.value) > self.error) + (abs(self.value) > 2 * self.error)
+
+
+class Comparison(NamedTuple):
+    """Samples of one measure, by optimizer, with what makes their standard errors; ``images`` is 0 where they are not counted."""
+
+    samples: dict[str, Sample]
+    pooled: float | None
+    images: int
+
+    def difference(self, first: str, second: str) -> Difference | None:
+        """None where there is no standard error."""
+        a, b = self.samples[first], self.samples[second]
+        seeds = [] if self.pooled is None else [self.pooled * (1 / len(a.least) + 1 / len(b.least))]
+        images = [binomial(x.mean, self.images) ** 2 for x in (a, b)] if self.images else []
+        return Difference(first, second, b.mean - a.mean, math.sqrt(sum(seeds + images))) if seeds + images else None
+
+    def alone(self) -> Comparison:
+        """Without the test images' part."""
+        return self._replace(images=0)
+
+    @property
+    def counted(self) -> str:
+        """What the standard errors hold; empty where there are none."""
+        seeds, images = self.pooled is not None, self.images > 0
+        return "Seeds and test images" if seeds and images else "Seeds alone" if seeds else "Test images alone" if images else ""
+
+    def ways(self) -> list[Comparison]:
+        """Whole and, where that is something else, with seeds alone; empty where there are no standard errors."""
+        return [way for way in ([self, self.alone()] if self.images else [self]) if way.counted]
+
+
+def comparison(group: Group, measure: Measure) -> Comparison:
+    """Without optimizers that have a run whose loss is never finite."""
+    samples = {name: sample(runs, measure) for name, runs in group.complete.items()}
+    samples = {name: found for name, found in samples.items() if math.isfinite(found.mean)}
+    return Comparison(samples, pooled_variance(samples.values()), group.protocol["test_images"] if measure is ERROR else 0)
+
+
+def rows(group: Group) -> list[dict[str, Any]]:
+    """A row per optimizer that has a complete run; None where there is no number."""
+    return [_row(group, name, runs) for name, runs in group.complete.items()]
+
+
+def _row(group: Group, name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    error, loss = sample(runs, ERROR), sample(runs, LOSS)
+    paper = reported.TABLE_1.get((*group.paper, name), (None, None))
+    return dict(
+        data=group.first["data"],
+        network=group.first["network"],
+        optimizer=name,
+        seeds=len(runs),
+        error=error.mean,
+        error_sd=error.spread,
+        error_binomial=binomial(error.mean, group.protocol["test_images"]),
+        error_last=float(error.last.mean()),
+        loss=loss.mean,
+        loss_sd=loss.spread,
+        loss_last=float(loss.last.mean()),
+        paper_of=group.paper_title,
+        paper_error=paper[0],
+        paper_loss=paper[1],
+    )
+
+
+# --- Sentences --------------------------------------------------------------------------------------------------------
+
+SOURCE = "Each run's JSON holds its machine, versions, commit and command."
+LEVELS = {2: "by more than two standard errors", 1: "by one to two standard errors", 0: "within one standard error"}
+
+
+def protocol(group: Group) -> str:
+    """What was done, and what of it is not as in the paper."""
+    p = group.protocol
+    did = (
+        f"{p['epochs']} epochs, learning rates times {p['factor']:g} after epoch {p['drop']}, batches of {p['batch_size']}, "
+        f"{p['train_images']:,} training and {p['test_images']:,} test images, {p['augmentation']}, {p['precision']}; "
+        f"{group.title}, {group.first['parameters']:,} parameters"
+    )
+    theirs = dict(reported.PROTOCOL, data=reported.DATA[group.paper[0]], title=reported.NETWORKS[group.paper[1]])
+    ours = p | {key: group.first[key] for key in ("data", "title")}
+    names = {"drop": "drop after epoch", "train_images": "training images", "title": "network"}
+    changed = [
+        f"{names.get(key, key).replace('_', ' ')} {_plain(ours[key])} ({_plain(value)})"
+        for key, value in theirs.items()
+        if ours[key] != value
+    ]
+    scaled = f"Scaled down or changed, in brackets the paper's: {', '.join(changed)}." if changed else "All as in the paper."
+    return f"Protocol: {did}. {scaled}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def notes(group: Group) -> list[str]:
+    """How the table is to be read."""
+    return [
+        "Minimal: the minimum over the epochs on the test set, of error and loss apart, as the paper takes it; then the mean "
+        "over seeds. A minimum flatters, the more the noisier the curve; the last epoch stands beside it. Best in bold.",
+        "sd: between seeds, what another training changes (- with one seed). Binomial: sqrt(p (1 - p) / n) over n test images, "
+        "what another draw of test images changes. It is the same for one run and for the mean over seeds, as all seeds saw the "
+        "same images, and holds nothing of what another training changes.",
+        _note_on_differences(*(comparison(group, measure).pooled for measure in (ERROR, LOSS))),
+    ]
+
+
+def _note_on_differences(error: float | None, loss: float | None) -> str:
+    if error is None or loss is None:
+        return (
+            "± is the standard error of a difference. With one seed each, the spread between seeds is unknown: the error has the "
+            "binomial one of both, which holds nothing of what another training changes; the loss has none."
+        )
+    return (
+        "± is the standard error of a difference: the variance between seeds, pooled over all optimizers "
+        f"(sd {math.sqrt(error):.2f} % and {math.sqrt(loss):.4f}), over the number of seeds of each, and for the error the "
+        "binomial variance of both. The latter is an upper bound, as networks err together on the same images; seeds alone is "
+        "the lower bound. Of pairs that do not differ, 5 % are more than two standard errors apart all the same."
+    )
+
+
+def leftovers(group: Group) -> list[str]:
+    """Runs that are not in the table, and those that are missing."""
+    lines = [
+        f"{run['optimizer']}, seed {run['seed']}: not complete, {len(run['epochs'])} of {run['protocol']['epochs']} epochs."
+        for run in group.incomplete
+    ]
+    begun = {(run["optimizer"], run["seed"]) for run in group.incomplete}
+    ended = {(name, run["seed"]) for name, runs in group.complete.items() for run in runs}
+    seeds = {seed for _, seed in ended}
+    for name in group.complete:
+        missing = [seed for seed in sorted(seeds) if (name, seed) not in begun | ended]
+        lines += [f"{name}, seed {seed}: no run." for seed in missing]
+    absent = [name for name in reported.ORDER if name not in {other for other, _ in begun | ended}]
+    return lines + ([f"No run: {', '.join(absent)}."] if absent else [])
+
+
+def sentences(group: Group, measure: Measure) -> list[str]:
+    """What the table says of one measure."""
+    found = comparison(group, measure)
+    ranked = sorted((name for name in found.samples if name in reported.ORDER), key=lambda name: found.samples[name].mean)
+    diverged = [name for name in group.complete if name not in found.samples]
+    lines = [f"Not finite, and left out: {', '.join(diverged)}."] if diverged else []
+    if not found.ways():
+        lines.append("With one seed each there is no standard error: no difference can be told from chance.")
+    if OURS in ranked:
+        lines += [f"{way.counted}: {_by_level(way, ranked, measure)}." for way in found.ways() if len(ranked) > 1]
+    lines += _neighbours(found, ranked, measure)
+    lines += _agreement(found, ranked, measure, group)
+    return lines + [_variant(found, name, measure) for name in found.samples if name != original(name) in found.samples]
+
+
+def _by_level(found: Comparison, ranked: list[str], measure: Measure) -> str:
+    """Which differ from AdaBayes."""
+    differences = [d for d in (found.difference(OURS, name) for name in ranked if name != OURS) if d]
+    parts = []
+    for level, sign in ((2, -1), (1, -1), (0, 0), (1, 1), (2, 1)):
+        some = [f"{d.second} ({_shown(d, measure)})" for d in differences if d.level == level and d.value * sign >= 0]
+        where = f"{'higher' if sign > 0 else 'lower'} than {OURS} {LEVELS[level]}" if sign else f"{LEVELS[level]} of {OURS}"
+        parts += [f"{where}: {', '.join(some)}"] if some else []
+    return "; ".join(parts)
+
+
+def _shown(d: Difference, measure: Measure) -> str:
+    return f"{d.value:+.{measure.digits}f} ± {d.error:.{measure.digits}f}"
+
+
+def _variant(found: Comparison, name: str, measure: Measure) -> str:
+    before, after = (found.samples[one].mean for one in (original(name), name))
+    by_way = [(way.counted, way.difference(original(name), name)) for way in found.ways()]
+    verdicts = [f"± {d.error:.{measure.digits}f}, {LEVELS[d.level]} ({counted.lower()})" for counted, d in by_way if d]
+    return f"{name}, against {original(name)}: {after - before:+.{measure.digits}f}" + "; ".join(["", *verdicts])[1:] + "."
+
+
+def _neighbours(found: Comparison, ranked: list[str], measure: Measure) -> list[str]:
+    line = "In order: " + ", ".join(f"{name} {found.samples[name].mean:.{measure.digits}f}" for name in ranked) + "."
+    differences = [d for d in (found.difference(a, b) for a, b in itertools.pairwise(ranked)) if d]
+    apart = {level: [f"{d.first} and {d.second}" for d in differences if d.level == level] for level in LEVELS}
+    if differences:
+        line += (
+            f" Neighbours more than two standard errors apart: {', '.join(apart[2]) or 'none'}; one to two: "
+            f"{', '.join(apart[1]) or 'none'}; within one: {len(apart[0])} of {len(differences)}."
+        )
+    return [line] if ranked else []
+
+
+class Pair(NamedTuple):
+    """Two optimizers, the one that is lower here first, and the paper's difference.
+
+    ``way`` is 1 where the paper has them in the same order, -1 in the other, 0 where either ties them.
+    """
+
+    ours: Difference
+    paper: float
+
+    @property
+    def way(self) -> int:
+        return int(np.sign(self.ours.value * self.paper))
+
+
+def pairs(found: Comparison, ranked: list[str], paper: Mapping[str, float]) -> list[Pair]:
+    """All pairs of the ranked that have a standard error."""
+    differences = [found.difference(*two) for two in itertools.combinations(ranked, 2)]
+    return [Pair(d, paper[d.second] - paper[d.first]) for d in differences if d]
+
+
+def _agreement(found: Comparison, ranked: list[str], measure: Measure, group: Group) -> list[str]:
+    """Our order beside the paper's."""
+    if len(ranked) < 3:
+        return []
+    paper = {name: reported.TABLE_1[(*group.paper, name)][measure.place] for name in ranked}
+    tau = stats.kendalltau([found.samples[name].mean for name in ranked], [paper[name] for name in ranked])
+    lines = [f"The paper's order ({group.paper_title}): Kendall's tau {tau.statistic:.2f} (p = {tau.pvalue:.2g})."]
+    lines += [f"{way.counted}: {_standing(pairs(way, ranked, paper))}." for way in found.ways()]
+    for level in (2, 1) if found.ways() else ():
+        turned = [
+            _turned(pair, paper, measure) for pair in pairs(found, ranked, paper) if pair.way < 0 and pair.ours.level == level
+        ]
+        lines += [f"The other way round {LEVELS[level]}: {'; '.join(turned)}."] if turned else []
+    return lines
+
+
+def _standing(every: list[Pair]) -> str:
+    counts = {(way, level): sum(p.way == way and p.ours.level >= level for p in every) for way in (1, -1) for level in (1, 2)}
+    close = sum(not pair.ours.level for pair in every)
+    tied = len(every) - close - counts[1, 1] - counts[-1, 1]
+    return (
+        f"of {len(every)} pairs {counts[1, 1]} stand as in the paper ({counts[1, 2]} of them by more than two standard errors), "
+        f"{counts[-1, 1]} the other way round ({counts[-1, 2]}), {close} are within one standard error, not distinguishable here"
+        + (f", {tied} are tied in the paper" if tied else "")
+    )
+
+
+def _turned(pair: Pair, paper: Mapping[str, float], measure: Measure) -> str:
+    """A pair that stands the other way round; the paper has one run of each."""
+    first, second = pair.ours.first, pair.ours.second
+    chance = math.hypot(*(binomial(paper[name], reported.TEST_IMAGES) for name in (first, second))) if measure is ERROR else 0
+    itself = ", itself within one binomial standard error" if abs(pair.paper) <= chance else ""
+    return (
+        f"{first} below {second} ({-pair.ours.value:.{measure.digits}f} ± {pair.ours.error:.{measure.digits}f}; "
+        f"the paper {-pair.paper:+.{measure.digits}f}{itself})"
+    )
+
+
+def captions(found: Iterable[Group]) -> str:
+    """The machine of the first run, and how many others there are."""
+    every = [run for group in found for runs in (*group.complete.values(), group.incomplete) for run in runs]
+    lines = list(dict.fromkeys(caption(run["machine"]) for run in every))
+    return lines[0] + (f", and {len(lines) - 1} more (machines, versions or days)" if len(lines) > 1 else "")
+
+
+# --- What is shown and written ----------------------------------------------------------------------------------------
+
+COLUMNS = {  # heading: where it stands in a row, how it is shown
+    "seeds": ("seeds", "{}"),
+    "minimal\ntest\nerror, %": ("error", "{:.2f}"),
+    "sd": ("error_sd", "{:.2f}"),
+    "bino-\nmial": ("error_binomial", "{:.2f}"),
+    "last\nepoch's\nerror, %": ("error_last", "{:.2f}"),
+    "minimal\ntest\nloss": ("loss", "{:.4f}"),
+    "sd ": ("loss_sd", "{:.4f}"),
+    "last\nepoch's\nloss": ("loss_last", "{:.4f}"),
+    "paper's\nerror, %": ("paper_error", "{:.2f}"),
+    "paper's\nloss": ("paper_loss", "{:.3f}"),
+}
+BEST = ("error", "error_last", "loss", "loss_last", "paper_error", "paper_loss")  # the lowest is bold
+
+
+def cells(found: list[dict[str, Any]], bold: str) -> list[list[str]]:
+    """The rows as text; ``bold`` is a pattern for what is best in its column."""
+    lines = [["-" if row[key] is None else form.format(row[key]) for key, form in COLUMNS.values()] for row in found]
+    for at, (key, form) in enumerate(COLUMNS.values()):
+        values = [row[key] for row in found if row[key] is not None and math.isfinite(row[key])]
+        for line in lines if key in BEST and values else []:
+            if line[at] == form.format(min(values)):
+                line[at] = bold.format(line[at])
+    return [[row["optimizer"], *line] for row, line in zip(found, lines, strict=True)]
+
+
+def headings(group: Group) -> list[str]:
+    """The paper's columns are headed by what they are of."""
+    data, network = group.paper_title.split(" ")
+    return ["optimizer", *(f"{name}\n{data}\n{network}" if name.startswith("paper's") else name for name in COLUMNS)]
+
+
+def order_only(group: Group) -> list[str]:
+    """Said where the paper's columns are of other data, or of another network, than the group's."""
+    same = group.title == group.paper_title
+    return [] if same else [f"The paper's numbers are of {group.paper_title}: only the order of the optimizers can be compared."]
+
+
+def paragraphs(group: Group) -> dict[str, list[str]]:
+    """What stands beneath the table, by heading."""
+    parts = {
+        "": [protocol(group), *order_only(group), *notes(group), f"{captions([group])}. {SOURCE}"],
+        "Not in the table": leftovers(group),
+        "Minimal test error": sentences(group, ERROR),
+        "Minimal test loss": sentences(group, LOSS),
+    }
+    return {heading: lines for heading, lines in parts.items() if lines}
+
+
+def markdown(group: Group) -> str:
+    names = [" ".join(name.replace("-\n", "").split()) for name in headings(group)]
+    table = [names, ["---", *["--:"] * (len(names) - 1)], *cells(rows(group), "**{}**")]
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    for heading, some in paragraphs(group).items():
+        lines += ["", *([f"### {heading}", ""] if heading else []), *(f"- {line}" for line in some)]
+    return "\n".join([f"## {group.title}", "", *lines, ""])
+
+
+def write(folder: Path) -> list[Path]:
+    """Writes table.md and table.csv; returns their paths. Raises what ``read`` and ``groups`` do."""
+    found = groups(read(folder))
+    written = [folder / "table.md", folder / "table.csv"]
+    written[0].write_text("\n".join(["# Table 1", "", *map(markdown, found)]))
+    with written[1].open("w", newline="") as file:
+        every = [row for group in found for row in rows(group)]
+        writer = csv.DictWriter(file, list(every[0]) if every else [])
+        writer.writeheader()
+        writer.writerows(every)
+    return written
+
+
+def show(folder: Path, console: Console) -> None:
+    for group in groups(read(folder)):
+        table = Table(title=escape(group.title), title_justify="left", padding=0)
+        for name in headings(group):
+            table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
+        for line in cells(rows(group), "[bold]{}[/bold]"):
+            table.add_row(*line)
+        console.print(table)
+        for heading, lines in paragraphs(group).items():
+            console.print(f"\n[bold]{heading}[/bold]" if heading else "")
+            for line in lines:
+                console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
