@@ -11,15 +11,16 @@ import sys
 from pathlib import Path
 
 import psutil
-import torch
 
 PACKAGES = [
     *("adabayes_fused", "torch", "triton", "numpy", "matplotlib"),
-    *("torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex", "ivon-opt", "pytorch-optimizer", "scikit-learn"),
+    *("torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex", "ivon-opt", "pytorch-optimizer", "scikit-learn", "scipy"),
 ]
 
 
 def about(device: str, module: str = "bench") -> dict:
+    import torch  # here, as a caption is made of results alone
+
     gpu = _first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") if device == "cuda" else ""
     return dict(
         cpu=cpu_model(),

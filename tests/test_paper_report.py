@@ -16,7 +16,8 @@ for needed in ("matplotlib", "psutil", "rich", "scipy"):
 from matplotlib.colors import to_hex  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bench.paper import pictures, report, reported  # noqa: E402
+from bench.paper import compare, pictures, report, reported  # noqa: E402
+from bench.paper.runs import groups, read  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MACHINE = dict(gpu="", cpu="a CPU", threads=2, versions={"torch": "2.12"}, date="2026-10-01T12:00:00", commit="c", command="d")
@@ -34,7 +35,9 @@ def run_of(optimizer, seed, errors, losses=(0.5, 0.4, 0.45), **others):
 def save(folder, *runs):
     (folder / "runs").mkdir(exist_ok=True)
     for run in runs:
-        (folder / "runs" / f"{report.slug(run['optimizer'])}-seed{run['seed']}.json").write_text(json.dumps(run))
+        (folder / "runs" / f"{re.sub('[^a-z0-9]', '-', run['optimizer'].lower())}-seed{run['seed']}.json").write_text(
+            json.dumps(run)
+        )
     return folder
 
 
@@ -48,7 +51,7 @@ def flat_losses(optimizer, *least):
 
 
 def group_of(folder, *runs):
-    (group,) = report.groups(report.read(save(folder, *runs)))
+    (group,) = groups(read(save(folder, *runs)))
     return group
 
 
@@ -179,7 +182,7 @@ def test_a_broken_file_is_named(tmp_path, text, message):
     path = save(tmp_path, *minima("AdaBayes", 5)) / "runs/adam-seed0.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"adam-seed0\.json .*{message}"):
-        report.read(tmp_path)
+        read(tmp_path)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -197,8 +200,8 @@ def test_seeds_with_other_options_are_refused(tmp_path):
 def test_other_protocols_are_not_averaged(tmp_path):
     runs = minima("AdaBayes", 5, 6)
     runs[1]["protocol"]["batch_size"] = 64
-    found = report.groups(report.read(save(tmp_path, *runs)))
-    assert [report.rows(group)[0]["error"] for group in found] == [5, 6]
+    found = groups(read(save(tmp_path, *runs)))
+    assert [compare.rows(group)[0]["error"] for group in found] == [5, 6]
 
 
 # --- Standard errors --------------------------------------------------------------------------------------------------
@@ -211,14 +214,14 @@ def test_a_difference_has_pooled_seeds_and_binomial_errors(tmp_path):
     AdaBayes and Adam: 0.08 (1/3 + 1) + 0.040236 + 0.05 * 0.95 = 0.106667 + 0.087736 = 0.440911^2.
     """
     group = group_of(tmp_path, *minima("AdaBayes", 4.0, 4.2, 4.4), *minima("SGD", 5.0, 5.0, 5.6), *minima("Adam", 5.0))
-    found = report.comparison(group, report.ERROR)
+    found = compare.comparison(group, compare.ERROR)
     assert found.pooled == pytest.approx(0.08)
     sgd, adam = found.difference("AdaBayes", "SGD"), found.difference("AdaBayes", "Adam")
     assert (sgd.value, sgd.error, sgd.level) == (pytest.approx(1.0), pytest.approx(0.377975, rel=1e-5), 2)
     assert (adam.value, adam.error, adam.level) == (pytest.approx(0.8), pytest.approx(0.440911, rel=1e-5), 1)
     alone = found.alone().difference("AdaBayes", "SGD")
     assert alone.error == pytest.approx(0.230940, rel=1e-5)
-    lines = report.sentences(group, report.ERROR)
+    lines = report.sentences(group, compare.ERROR)
     assert lines[0] == ("Seeds and test images: higher than AdaBayes by one to two standard errors: Adam (+0.80 ± 0.44); "
                         "higher than AdaBayes by more than two standard errors: SGD (+1.00 ± 0.38).")  # fmt: skip
     assert lines[1].startswith(
@@ -229,9 +232,9 @@ def test_a_difference_has_pooled_seeds_and_binomial_errors(tmp_path):
 def test_a_loss_has_seeds_alone(tmp_path):
     """Variances 0.0001 each; 0.0001 (1/3 + 1/3) = 0.0081650^2."""
     group = group_of(tmp_path, *flat_losses("AdaBayes", 0.21, 0.22, 0.23), *flat_losses("SGD", 0.19, 0.20, 0.21))
-    difference = report.comparison(group, report.LOSS).difference("AdaBayes", "SGD")
+    difference = compare.comparison(group, compare.LOSS).difference("AdaBayes", "SGD")
     assert (difference.value, difference.error) == (pytest.approx(-0.02), pytest.approx(0.0081650, rel=1e-4))
-    first, *others = report.sentences(group, report.LOSS)
+    first, *others = report.sentences(group, compare.LOSS)
     assert first == "Seeds alone: lower than AdaBayes by more than two standard errors: SGD (-0.0200 ± 0.0082)."
     assert not any(line.startswith("Seeds alone") for line in others)
 
@@ -250,20 +253,20 @@ def test_one_seed_has_the_binomial_error_alone(tmp_path):
 
 def test_fewer_test_images_have_a_larger_error(tmp_path):
     group = group_of(tmp_path, *minima("AdaBayes", 5, protocol=dict(test_images=400)))
-    assert report.rows(group)[0]["error_binomial"] == pytest.approx(100 * (0.05 * 0.95 / 400) ** 0.5)
+    assert compare.rows(group)[0]["error_binomial"] == pytest.approx(100 * (0.05 * 0.95 / 400) ** 0.5)
 
 
 @pytest.mark.parametrize(("value", "level"), [(0.5, 0), (-0.5, 0), (1.0, 0), (1.1, 1), (-1.9, 1), (2.0, 1), (2.1, 2), (-2.1, 2)])
 def test_levels_are_strict(value, level):
-    assert report.Difference("a", "b", value, 1.0).level == level
+    assert compare.Difference("a", "b", value, 1.0).level == level
 
 
 def test_a_tie_is_within_any_error(tmp_path):
     """No errors at all: the standard error is 0, and so is the difference."""
     group = group_of(tmp_path, *minima("AdaBayes", 0, 0), *minima("SGD", 0, 0))
-    difference = report.comparison(group, report.ERROR).difference("AdaBayes", "SGD")
+    difference = compare.comparison(group, compare.ERROR).difference("AdaBayes", "SGD")
     assert (difference.value, difference.error, difference.level) == (0, 0, 0)
-    assert report.sentences(group, report.ERROR)[0].startswith(
+    assert report.sentences(group, compare.ERROR)[0].startswith(
         "Seeds and test images: within one standard error of AdaBayes: SGD"
     )
 
@@ -277,10 +280,10 @@ def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
     )
     once = run_of("AdamW", 0, (9, 9, 9), (nan, 0.3, nan))
     group = group_of(tmp_path, *runs, once)
-    found = report.comparison(group, report.LOSS)
+    found = compare.comparison(group, compare.LOSS)
     assert found.pooled == pytest.approx(0.00005)
     assert found.samples["AdamW"].mean == 0.3
-    lines = report.sentences(group, report.LOSS)
+    lines = report.sentences(group, compare.LOSS)
     assert lines[0] == "Not finite, and left out: SGD."
     assert not any("SGD" in line for line in lines[1:])
     assert row_of(report.markdown(group), "SGD")[6] == "nan"
@@ -299,7 +302,7 @@ def test_our_order_beside_the_papers(tmp_path):
     """
     ours = {"SGD": 10, "Adam": 12, "AdaGrad": 12.7, "AdaBayes": 10.1}
     group = group_of(tmp_path, *(run for name, least in ours.items() for run in minima(name, least)))
-    lines = report.sentences(group, report.ERROR)
+    lines = report.sentences(group, compare.ERROR)
     assert lines[1] == (
         "In order: SGD 10.00, AdaBayes 10.10, Adam 12.00, AdaGrad 12.70. Neighbours more than two standard errors apart: "
         "AdaBayes and Adam; one to two: Adam and AdaGrad; within one: 1 of 3."
@@ -318,7 +321,7 @@ def test_our_order_beside_the_papers(tmp_path):
 def test_a_pair_far_the_other_way_round(tmp_path):
     ours = {"SGD": 10, "Adam": 5, "AdaBayes": 5}
     group = group_of(tmp_path, *(run for name, least in ours.items() for run in minima(name, least)))
-    lines = report.sentences(group, report.ERROR)
+    lines = report.sentences(group, compare.ERROR)
     assert (
         "of 3 pairs 1 stand as in the paper (1 of them by more than two standard errors), 1 the other way round (1), 1 are"
         in lines[3]
@@ -331,7 +334,7 @@ def test_a_pair_far_the_other_way_round(tmp_path):
 def test_a_tie_in_the_paper_is_neither(tmp_path):
     """Adam and AMSGrad both have 0.239 in the paper, AdaGrad 0.307."""
     runs = flat_losses("Adam", 0.1, 0.101) + flat_losses("AMSGrad", 0.2, 0.201) + flat_losses("AdaGrad", 0.3, 0.301)
-    lines = report.sentences(group_of(tmp_path, *runs), report.LOSS)
+    lines = report.sentences(group_of(tmp_path, *runs), compare.LOSS)
     assert (
         "of 3 pairs 2 stand as in the paper (2 of them by more than two standard errors), 0 the other way round (0)" in lines[2]
     )
@@ -343,9 +346,9 @@ def test_variants_stand_against_their_originals(tmp_path):
     0.06 * 0.94 it is 0.37045^2."""
     runs = minima("AdaBayes", 8, 8) + minima("AdaBayes-FP", 4.9, 5.1) + minima("AdaBayes-FP, slow path", 5.8, 6.2)
     group = group_of(tmp_path, *runs, *minima("Other, variant", 3))
-    found = report.comparison(group, report.ERROR)
+    found = compare.comparison(group, compare.ERROR)
     assert found.pooled == pytest.approx((0.02 + 0.08) / 3)
-    variants = [line for line in report.sentences(group, report.ERROR) if "against" in line]
+    variants = [line for line in report.sentences(group, compare.ERROR) if "against" in line]
     assert variants == [
         "AdaBayes-FP, slow path, against AdaBayes-FP: +1.00 ± 0.37, by more than two standard errors (seeds and test images); "
         "± 0.18, by more than two standard errors (seeds alone)."
@@ -420,7 +423,7 @@ def with_points(folder, group_runs, **others):
                   ratio_mean=1.5, ratio_std=0.25, adam_side=dict(weights=56, ratio_mean=1.4, ratio_std=0.1))  # fmt: skip
     save(folder, *group_runs)
     (folder / "runs/adabayes-seed0.figure3.json").write_text(json.dumps(points | others))
-    return report.groups(report.read(folder))
+    return groups(read(folder))
 
 
 def ratios(optimizer, seed, *values):
@@ -470,9 +473,7 @@ def test_points_far_to_the_right_are_counted(tmp_path):
 
 def test_figure_3_needs_adabayes_alone(tmp_path):
     assert pictures.figure3([group_of(tmp_path, *minima("SGD", 5))]) is None
-    figure = pictures.figure3(
-        report.groups(report.read(save(tmp_path, run_of("AdaBayes", 0, (9,)))))
-    )  # neither points nor ratios
+    figure = pictures.figure3(groups(read(save(tmp_path, run_of("AdaBayes", 0, (9,))))))  # neither points nor ratios
     assert "no points" in figure.axes[0].texts[0].get_text()
 
 
@@ -499,8 +500,3 @@ assert "matplotlib.pyplot" not in sys.modules
     assert done.stdout.split() == ["table.md", "table.csv", "figure4.png", "figure3.png"], done.stderr
     for name in ("figure4.png", "figure3.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_slugs():
-    names = ["AdaBayes", "AdaBayes-FP, decay as in the authors' code"]
-    assert [report.slug(name) for name in names] == ["adabayes", "adabayes-fp-decay-as-in-the-authors-code"]

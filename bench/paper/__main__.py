@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench import machine
 
-from . import data, networks
+from . import data, networks, runs
 from .jobs import Plan, measure_gradients, run_all
 from .optimizers import OPTIMIZERS, ORDER, TABLE1
 from .train import Job, WrongRun
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     options, console = parse(argv), Console()
     try:
         written = COMMANDS.get(options.command, reproduce)(options, console)
-    except (data.WrongData, WrongRun) as error:
+    except (data.WrongData, WrongRun, FileNotFoundError, runs.BrokenRun) as error:
         console.print(f"[red]{error}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

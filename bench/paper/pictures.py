@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from . import reported
-from .report import ERROR, FIGURE3, LOSS, OURS, Group, Measure, captions, groups, original, read, read_json
+from .compare import ERROR, LOSS, Measure
+from .report import captions
+from .runs import FIGURE3, OURS, Group, groups, original, read, read_json
 
 # Okabe and Ito's colours: a hue per family. The dashes tell all apart in grey.
 STYLES: dict[str, dict[str, Any]] = {

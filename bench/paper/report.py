@@ -1,27 +1,14 @@
-"""Table 1 and what it says, from the JSON of a results folder alone.
-
-Standard errors. The binomial error of an error rate p, sqrt(p (1 - p) / n) over n test images, is what another draw of test
-images would change. It is the same for one run and for the mean over seeds: all seeds saw the same images, so more seeds do not
-average it away; nor does it hold what another training would change, which is the spread between seeds. The difference between
-two optimizers has the variance ``s^2 (1 / k1 + 1 / k2) + (p1 (1 - p1) + p2 (1 - p2)) / n``: k1 and k2 are the numbers of seeds,
-s^2 is the variance between seeds, pooled over all optimizers of the table since three seeds alone say little of a variance. The
-second part takes the two as if they had seen different images. It is an upper bound: networks err together on the same images,
-how much only a record of which images were wrong could tell. The first part alone is the lower bound, right where both
-optimizers' networks find the same images hard. Losses have only that, and no standard error where each optimizer has one seed.
-"""
+"""Table 1 and what it says, from the JSON of a results folder alone."""
 
 from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -30,236 +17,8 @@ from scipy import stats
 
 from ..machine import caption
 from . import reported
-
-FIGURE3 = ".figure3.json"
-OURS = "AdaBayes"
-
-# --- Runs -------------------------------------------------------------------------------------------------------------
-
-KEYS = {"data", "data_key", "network", "title", "parameters", "optimizer", "seed", "options", "protocol", "machine", "epochs"}
-PROTOCOL = {"epochs", "drop", "factor", "batch_size", "train_images", "test_images", "augmentation", "precision", "width"}
-FIGURES = {"epoch", "test_error", "test_loss"}
-
-
-def slug(name: str) -> str:
-    """An optimizer's name as a file's."""
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """Every run below ``folder/runs``, in the table's order, each with its "path".
-
-    Raises: FileNotFoundError where there is no run; ValueError, naming the file, where one does not hold a run.
-    """
-    paths = [path for path in sorted((folder / "runs").rglob("*.json")) if not path.name.endswith(FIGURE3)]
-    if not paths:
-        raise FileNotFoundError(f"there are no runs in {folder / 'runs'}")
-    return sorted((_read_run(path) for path in paths), key=lambda run: (_position(run["optimizer"]), run["seed"]))
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # of the JSON or of its bytes
-        raise ValueError(f"{path} is broken: {error}") from error
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    run = read_json(path)
-    wrong = _lacks(run, KEYS) or _lacks(run["protocol"], PROTOCOL)
-    wrong = wrong or next(filter(None, (_lacks(epoch, FIGURES) for epoch in run["epochs"])), "")
-    if not wrong and [epoch["epoch"] for epoch in run["epochs"]] != list(range(1, len(run["epochs"]) + 1)):
-        wrong = "its epochs are not 1, 2, 3 and so on"
-    if wrong:
-        raise ValueError(f"{path} holds no run: {wrong}")
-    return run | {"path": path}
-
-
-def _lacks(part: Any, keys: set[str]) -> str:
-    missing = keys - part.keys() if isinstance(part, dict) else keys
-    return f"it lacks {', '.join(sorted(missing))}" if missing else ""
-
-
-def complete(run: Mapping[str, Any]) -> bool:
-    return len(run["epochs"]) == run["protocol"]["epochs"]
-
-
-def original(optimizer: str) -> str:
-    """What a variant is a variant of: "AdaBayes" for "AdaBayes, slow path"; of what is none, the name itself."""
-    return optimizer.partition(", ")[0]
-
-
-def _position(optimizer: str) -> tuple[bool, int, str]:
-    """Table 1's order, then the variants, AdaBayes's first."""
-    place = reported.ORDER.index(original(optimizer)) if original(optimizer) in reported.ORDER else len(reported.ORDER)
-    return (False, place, "") if optimizer in reported.ORDER else (True, -place, optimizer)
-
-
-class Group(NamedTuple):
-    """Runs that may be compared: of the same data, network and protocol. ``first`` is one; ``complete`` are by optimizer."""
-
-    first: dict[str, Any]
-    complete: dict[str, list[dict[str, Any]]]
-    incomplete: list[dict[str, Any]]
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        return self.first["protocol"]
-
-    @property
-    def title(self) -> str:
-        width = self.protocol["width"]
-        return f"{self.first['data']}, {self.first['title']}" + (f" of width {width:g}" if width != 1 else "")
-
-    @property
-    def paper(self) -> tuple[str, str]:
-        """The data and network of Table 1 beside which the group stands: its own, or CIFAR-10 and ResNet-34."""
-        data, network = self.first["data_key"], self.first["network"]
-        return data if data in reported.DATA else "cifar10", network if network in reported.NETWORKS else "resnet34"
-
-    @property
-    def paper_title(self) -> str:
-        return f"{reported.DATA[self.paper[0]]}, {reported.NETWORKS[self.paper[1]]}"
-
-
-def groups(runs: Iterable[dict[str, Any]]) -> list[Group]:
-    """Raises: ValueError where an optimizer's seeds were trained with different options."""
-    found: dict[str, Group] = {}
-    for run in runs:
-        key = json.dumps([run["data"], run["network"], run["protocol"]], sort_keys=True)
-        group = found.setdefault(key, Group(run, {}, []))
-        seeds = group.complete.setdefault(run["optimizer"], []) if complete(run) else group.incomplete
-        if complete(run) and seeds and seeds[0]["options"] != run["options"]:
-            raise ValueError(f"{run['path']} and {seeds[0]['path']} have different options: no mean over them has a meaning")
-        seeds.append(run)
-    return list(found.values())
-
-
-# --- Numbers ----------------------------------------------------------------------------------------------------------
-
-
-class Measure(NamedTuple):
-    """Its key in an epoch, its place in Table 1's pair, the digits it is shown with."""
-
-    key: str
-    place: int
-    digits: int
-
-
-ERROR = Measure("test_error", 0, 2)
-LOSS = Measure("test_loss", 1, 4)
-
-
-class Sample(NamedTuple):
-    """An optimizer's complete runs: the minimum over the epochs and the last epoch's, each (seeds,)."""
-
-    least: np.ndarray
-    last: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        return float(self.least.mean())
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation between seeds."""
-        return float(self.least.std(ddof=1)) if len(self.least) > 1 else None
-
-
-def sample(runs: Iterable[Mapping[str, Any]], measure: Measure) -> Sample:
-    curves = [np.array([epoch[measure.key] for epoch in run["epochs"]], dtype=float) for run in runs]
-    return Sample(np.array([np.fmin.reduce(curve) for curve in curves]), np.array([curve[-1] for curve in curves]))
-
-
-def binomial(percent: float, images: int) -> float:
-    """Standard error, in percent points, of an error in percent on so many images."""
-    return math.sqrt(percent * (100 - percent) / images)
-
-
-def pooled_variance(samples: Iterable[Sample]) -> float | None:
-    """Within the samples; none where all have one seed."""
-    several = [s.least for s in samples if len(s.least) > 1]
-    freedom = sum(len(least) - 1 for least in several)
-    return sum(float(((least - least.mean()) ** 2).sum()) for least in several) / freedom if freedom else None
-
-
-class Difference(NamedTuple):
-    """``second`` less ``first``, and its standard error."""
-
-    first: str
-    second: str
-    value: float
-    error: float
-
-    @property
-    def level(self) -> int:
-        """2, 1, 0: it exceeds two, one, no standard error."""
-        return (abs(self.value) > self.error) + (abs(self.value) > 2 * self.error)
-
-
-class Comparison(NamedTuple):
-    """Samples of one measure, by optimizer, with what makes their standard errors; ``images`` is 0 where they are not counted."""
-
-    samples: dict[str, Sample]
-    pooled: float | None
-    images: int
-
-    def difference(self, first: str, second: str) -> Difference | None:
-        """None where there is no standard error."""
-        a, b = self.samples[first], self.samples[second]
-        seeds = [] if self.pooled is None else [self.pooled * (1 / len(a.least) + 1 / len(b.least))]
-        images = [binomial(x.mean, self.images) ** 2 for x in (a, b)] if self.images else []
-        return Difference(first, second, b.mean - a.mean, math.sqrt(sum(seeds + images))) if seeds + images else None
-
-    def alone(self) -> Comparison:
-        """Without the test images' part."""
-        return self._replace(images=0)
-
-    @property
-    def counted(self) -> str:
-        """What the standard errors hold; empty where there are none."""
-        seeds, images = self.pooled is not None, self.images > 0
-        return "Seeds and test images" if seeds and images else "Seeds alone" if seeds else "Test images alone" if images else ""
-
-    def ways(self) -> list[Comparison]:
-        """Whole and, where that is something else, with seeds alone; empty where there are no standard errors."""
-        return [way for way in ([self, self.alone()] if self.images else [self]) if way.counted]
-
-
-def comparison(group: Group, measure: Measure) -> Comparison:
-    """Without optimizers that have a run whose loss is never finite."""
-    samples = {name: sample(runs, measure) for name, runs in group.complete.items()}
-    samples = {name: found for name, found in samples.items() if math.isfinite(found.mean)}
-    return Comparison(samples, pooled_variance(samples.values()), group.protocol["test_images"] if measure is ERROR else 0)
-
-
-def rows(group: Group) -> list[dict[str, Any]]:
-    """A row per optimizer that has a complete run; None where there is no number."""
-    return [_row(group, name, runs) for name, runs in group.complete.items()]
-
-
-def _row(group: Group, name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    error, loss = sample(runs, ERROR), sample(runs, LOSS)
-    paper = reported.TABLE_1.get((*group.paper, name), (None, None))
-    return dict(
-        data=group.first["data"],
-        network=group.first["network"],
-        optimizer=name,
-        seeds=len(runs),
-        error=error.mean,
-        error_sd=error.spread,
-        error_binomial=binomial(error.mean, group.protocol["test_images"]),
-        error_last=float(error.last.mean()),
-        loss=loss.mean,
-        loss_sd=loss.spread,
-        loss_last=float(loss.last.mean()),
-        paper_of=group.paper_title,
-        paper_error=paper[0],
-        paper_loss=paper[1],
-    )
-
-
-# --- Sentences --------------------------------------------------------------------------------------------------------
+from .compare import ERROR, LOSS, Comparison, Difference, Measure, Pair, binomial, comparison, pairs, rows
+from .runs import OURS, Group, groups, original, read
 
 SOURCE = "Each run's JSON holds its machine, versions, commit and command."
 LEVELS = {2: "by more than two standard errors", 1: "by one to two standard errors", 0: "within one standard error"}
@@ -378,26 +137,6 @@ def _neighbours(found: Comparison, ranked: list[str], measure: Measure) -> list[
             f"{', '.join(apart[1]) or 'none'}; within one: {len(apart[0])} of {len(differences)}."
         )
     return [line] if ranked else []
-
-
-class Pair(NamedTuple):
-    """Two optimizers, the one that is lower here first, and the paper's difference.
-
-    ``way`` is 1 where the paper has them in the same order, -1 in the other, 0 where either ties them.
-    """
-
-    ours: Difference
-    paper: float
-
-    @property
-    def way(self) -> int:
-        return int(np.sign(self.ours.value * self.paper))
-
-
-def pairs(found: Comparison, ranked: list[str], paper: Mapping[str, float]) -> list[Pair]:
-    """All pairs of the ranked that have a standard error."""
-    differences = [found.difference(*two) for two in itertools.combinations(ranked, 2)]
-    return [Pair(d, paper[d.second] - paper[d.first]) for d in differences if d]
 
 
 def _agreement(found: Comparison, ranked: list[str], measure: Measure, group: Group) -> list[str]:
