@@ -208,6 +208,25 @@ def test_a_run_goes_on_bit_for_bit(name, tmp_path):
         assert json.loads(points[0])["epoch"] == 3
 
 
+def test_a_checkpoint_in_a_while(tmp_path):
+    """A run that has saved nothing for long begins anew, and ends the same; its last state is kept if asked for."""
+    for folder, seconds in ((tmp_path / "often", 0), (tmp_path / "rarely", 1000)):
+
+        def kill(part, says, folder=folder, seconds=seconds):
+            if part > 0.9:
+                assert (folder / "checkpoints").exists() == (seconds == 0)
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(SMALL, images(), folder, {}, kill, seconds)
+        train(SMALL, images(), folder, {}, say, seconds, keep=True)
+    often, rarely = (record(tmp_path / name, SMALL) for name in ("often", "rarely"))
+    assert numbers(often) == numbers(rarely)
+    assert "continued" not in rarely
+    state = torch.load(tmp_path / "rarely" / "checkpoints" / "adabayes-seed0.pt", weights_only=True)
+    assert json.loads(state["record"])["epochs"] == rarely["epochs"]
+
+
 def test_what_is_done_is_left_alone(tmp_path):
     train(SMALL, images(), tmp_path, {}, say)
     written = tmp_path / "runs" / "adabayes-seed0.json"
@@ -274,6 +293,7 @@ def command(*words, **options):
 
 
 DIGITS = dict(epochs=8, images=200, width=0.25, seeds=[3], optimizers=["AdaBayes", "SGD", "AdaBound"], device="cpu")
+DIGITS |= {"save-every": 0}
 
 
 def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):

@@ -70,6 +70,7 @@ def add_training(parser: argparse.ArgumentParser, key: str) -> None:
     add("--drop", type=int, help="epochs after which lr is divided by ten; three quarters of all, if not given")
     add("--images", type=int, help="of training and of testing at most so many, the first; else all")
     add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
+    add("--save-every", type=float, default=30, metavar="SECONDS", help="between a run's checkpoints; JSON is of each epoch")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--float32", action="store_true", help="on a GPU too, where bfloat16 autocast is usual here")
     add("--output", type=Path, help="folder; bench/results/paper-DATA-NETWORK, if not given")
@@ -93,7 +94,18 @@ def plan_of(options: argparse.Namespace) -> Plan:
     bayes = next((job for job in jobs if job.optimizer == "AdaBayes"), None)
     about = machine.about(options.device, "bench.paper")
     folder = getattr(options, "folder", None)
-    return Plan(options.command, folder, options.name, options.images, options.device, options.output, about, jobs, bayes)
+    return Plan(
+        options.command,
+        folder,
+        options.name,
+        options.images,
+        options.device,
+        options.output,
+        about,
+        jobs,
+        bayes,
+        options.save_every,
+    )
 
 
 def reproduce(options: argparse.Namespace, console: Console) -> list[Path]:

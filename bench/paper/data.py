@@ -5,6 +5,7 @@ All are read into uint8 tensors and augmented where they lie, on the device. Not
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import math
@@ -58,8 +59,12 @@ class Data(NamedTuple):
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 images as float32, of mean 0 and variance 1 over the training images, in the layout they have."""
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images / 255 - mean) / std
+        return (images / 255 - by_channel(self.mean, images.device)) / by_channel(self.std, images.device)
+
+
+@functools.cache  # made anew each time, they could not be used in a CUDA graph
+def by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class Augmented:

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     about: dict[str, Any]
     jobs: list[Job]
     measured: Job | None
+    save_every: float
 
     def load(self) -> data.Data:
         found = data.load(self.key, self.folder, self.name)
@@ -137,7 +138,7 @@ def _train(job: Job) -> None:
         _tell((job.name, part, says))
 
     about = _plan.about | {"threads": torch.get_num_threads()}
-    train(job, _images, _plan.output, about, tell, keep=job == _plan.measured)
+    train(job, _images, _plan.output, about, tell, _plan.save_every, keep=job == _plan.measured)
 
 
 @contextmanager

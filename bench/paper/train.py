@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -202,31 +202,33 @@ def protocol(job: Job, data: Data, steps_per_epoch: int) -> dict[str, Any]:
 # --- A run from its beginning, or from where it was killed ------------------------------------------------------------
 
 
-def train(job: Job, images: Augmented, folder: Path, about: dict[str, Any], tell: Tell, keep: bool = False) -> None:
-    """Brings the run to its end, if it is not there; ``keep``: with its last checkpoint.
+def train(
+    job: Job, images: Augmented, folder: Path, about: dict[str, Any], tell: Tell, save_every: float = 0, keep: bool = False
+) -> None:
+    """Brings the run to its end, if it is not there. A checkpoint is written after the first epoch that ends ``save_every``
+    seconds after the last one, and at the end too with ``keep``.
 
     Raises: WrongRun where the folder holds a run of that name with other settings.
     """
     written, checkpoint = folder / "runs" / f"{job.name}.json", checkpoint_of(job, folder)
-    run = Run(job, images, about)
-    found = check_same(written, run.record)
-    if checkpoint.exists():
+    run, saved = Run(job, images, about), monotonic()
+    complete = check_same(written, run.record) == job.epochs
+    if checkpoint.exists() and not complete:
         run.load(torch.load(checkpoint, map_location=run.device, weights_only=True), about)
-    elif found == job.epochs:
-        return
     with on_a_stream(run):
-        while run.done < job.epochs:
+        while run.done < job.epochs and not complete:
             run.epoch(tell)
             if isinstance(run.optimizer, AdaBayes) and run.done == min(job.drop, job.epochs):
                 write(written.with_suffix(".figure3.json"), {"epoch": run.done, **run.points})
-            with replaced(checkpoint) as path:
-                torch.save(run.state(), path)
-            write(written, run.record)
+            if keep if run.done == job.epochs else monotonic() >= saved + save_every:
+                with replaced(checkpoint) as path:
+                    torch.save(run.state(), path)
+                saved = monotonic()
+            write(written, run.record)  # after the checkpoint: where it says that all is done, all is there
             last = run.record["epochs"][-1]
             tell(run.done / job.epochs, f"test error {last['test_error']:.2f} %, loss {last['test_loss']:.4f}")
-    write(written, run.record)  # a run that was killed between the two above lacks its last epoch there
     if not keep:
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)
 
 
 def checkpoint_of(job: Job, folder: Path) -> Path:
