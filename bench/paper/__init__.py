@@ -1,0 +1,1 @@
+"""``python -m bench.paper``: the AdaBayes paper's experiments, from data to figures."""
