@@ -1,5 +1,6 @@
 """Appendix A and B on models whose gradients, curvatures and their distribution are known on paper."""
 
+import copy
 import json
 from typing import NamedTuple
 
@@ -160,6 +161,15 @@ def test_negative_curvature_is_counted(data):
     assert min(found["hessian"]) == pytest.approx(-8, rel=1e-5)
 
 
+def test_a_stand_in_beside_the_curvature():
+    hessian = np.array([1e-3, 0.1, -5.0, 10.0, 0.0, 1.0])
+    found = gradients.against(2 * np.abs(hessian) ** 1.5, hessian)  # the ratio is 2 h^(1/2)
+    assert found["weights"] == 4
+    assert (found["spearman"], found["log_slope"]) == pytest.approx((1, 1.5))
+    assert found["median_ratio"] == pytest.approx(2 * (0.1 * 1) ** 0.25)
+    assert gradients.against(1 / hessian[[0, 1, 3]], hessian[[0, 1, 3]])["spearman"] == pytest.approx(-1)
+
+
 def test_smooth_gradients_are_linear_with_the_curvatures_slope(data):
     model = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 3))
     for row in measure(model, data)["linearity"][:2]:
@@ -195,7 +205,13 @@ def test_the_model_stays_as_it_is_and_is_measured_in_eval_mode(data):
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found == measure(model.eval(), data)
-    assert found != measure(model, data, seed=1)
+    assert found["normality"] != measure(model, data, seed=1)["normality"]
+
+
+def test_channels_last_is_the_same(data):
+    data = data._replace(train_x=data.train_x.new_tensor(np.random.default_rng(0).normal(size=(300, 2, 5, 5))))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(36, 3))
+    assert measure(copy.deepcopy(model).to(memory_format=torch.channels_last), data) == measure(model, data)
 
 
 def test_displaced_weights_go_back(data):

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parameters_to_vector
 
 Z = np.linspace(-3.5, 3.5, 57)  # where quantiles are compared, in standard deviations
 SIZES = (1, 8, 32)  # minibatches on the way to the full one, where the central limit theorem is seen at work
@@ -76,7 +75,7 @@ class Network:
     """A copy of the model in eval mode, the data, and the weights picked at random: flat indices (weights,)."""
 
     def __init__(self, model: nn.Module, data: Any, weights: int, seed: int, device: torch.device | str) -> None:
-        self.model = copy.deepcopy(model).to(device).eval()
+        self.model = copy.deepcopy(model).to(device, memory_format=torch.contiguous_format).eval()
         self.data, self.device = data, torch.device(device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.random = torch.Generator().manual_seed(seed)
@@ -100,7 +99,7 @@ class Network:
 
     def of_picked(self, rows: Tensor, n: int | None = None) -> Tensor:
         """The gradient of the first n picked weights (all, if none is given), on the CPU."""
-        return parameters_to_vector(self.gradients(rows))[self.picked[:n].to(self.device)].cpu()
+        return torch.cat([g.reshape(-1) for g in self.gradients(rows)])[self.picked[:n].to(self.device)].cpu()
 
 
 def minibatch_gradients(network: Network, size: int, batches: int, tick: Tick) -> np.ndarray:
@@ -319,11 +318,11 @@ def draw_linearity(axes, found: list[dict[str, Any]]) -> None:
     for row, colour in zip(found, COLOURS, strict=True):
         r_squared = row["r_squared"]
         if r_squared:
-            label = f"± {row['span']:g}: {np.median(r_squared):.2f}, {row['median_change_in_sd'] or 0:.1g} sd"
+            label = f"± {row['span']:g}: {np.median(r_squared):.2f} ({row['median_change_in_sd'] or 0:.1g} sd)"
             axes.plot([0, *r_squared], np.linspace(0, 1, 1 + len(r_squared)), color=colour, linewidth=2, label=label)
     axes.set(title="A  Is a minibatch's gradient linear in its weight? (Eq. 10)", xlabel="$R^2$ of a straight line",
              ylabel="share of weights below", xlim=(0, 1.01), ylim=(0, 1.01))  # fmt: skip
-    axes.legend(title="weight moved by: median $R^2$, change of gradient", loc="upper left", fontsize=9)
+    axes.legend(title="moved by: median $R^2$\n(change of gradient)", loc="upper left", fontsize=9)
 
 
 def draw_curvature(axes, found: dict[str, Any]) -> None:
