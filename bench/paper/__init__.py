@@ -1,1 +1,1 @@
-"""``python -m bench.paper``: the AdaBayes paper's experiments, from data to figures."""
+"""The paper's experiments: ``python -m bench.paper --help``."""
