@@ -22,7 +22,7 @@ from bench import machine
 
 from . import data, networks, runs
 from .jobs import Plan, measure_gradients, run_all
-from .optimizers import OPTIMIZERS, ORDER, TABLE1
+from .optimizers import OPTIMIZERS, ORDER, TABLE1, VARIANTS
 from .train import Job, WrongRun
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -65,6 +65,7 @@ def add_training(parser: argparse.ArgumentParser, key: str) -> None:
     add("--network", choices=networks.TITLES, default=network)
     add("--width", type=float, default=1.0, help="of the network's channels; 1 is the paper's")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(TABLE1), metavar="NAME", help=", ".join(OPTIMIZERS))
+    add("--variants", action="store_true", help=f"too: {', '.join(VARIANTS)}")
     add("--seeds", nargs="+", type=int, default=seeds, metavar="N")
     add("--epochs", type=int, default=epochs)
     add("--drop", type=int, help="epochs after which lr is divided by ten; three quarters of all, if not given")
@@ -85,7 +86,7 @@ def complete(options: argparse.Namespace, error) -> None:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    names = sorted(set(options.optimizers), key=ORDER.index)
+    names = sorted({*options.optimizers, *(VARIANTS if options.variants else ())}, key=ORDER.index)
     jobs = [
         Job(options.network, name, seed, options.epochs, options.drop, width=options.width,
             bfloat16=options.device == "cuda" and not options.float32)

@@ -8,6 +8,7 @@ are independent and alike, as Appendix B has it), and gradients are those of the
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from .. import machine
 
 Z = np.linspace(-3.5, 3.5, 57)  # where quantiles are compared, in standard deviations
 SIZES = (1, 8, 32)  # minibatches on the way to the full one, where the central limit theorem is seen at work
@@ -276,6 +279,16 @@ def rounded(values: Any) -> list[float]:
 # --- Picture ----------------------------------------------------------------------------------------------------------
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2")  # Okabe and Ito's
+
+
+def draw(folder: Path) -> list[Path]:
+    """Writes gradients.png where there is a gradients.json; returns its path."""
+    if not (folder / "gradients.json").exists():
+        return []
+    measured = json.loads((folder / "gradients.json").read_text())
+    caption = f"{measured['network']}, {measured['data']}, {measured['run']}; {machine.caption(measured['machine'])}"
+    picture(measured, folder / "gradients.png", caption)
+    return [folder / "gradients.png"]
 
 
 def picture(measured: dict[str, Any], path: Path, caption: str) -> None:

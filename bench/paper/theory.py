@@ -168,6 +168,7 @@ def picture(found: dict) -> Figure:
 
 def write(folder: Path) -> list[Path]:
     """Writes theory.json, and theory.png from its numbers; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "theory.json", folder / "theory.png"]
     written[0].write_text(json.dumps(numbers(), indent=1) + "\n")
     picture(json.loads(written[0].read_text())).savefig(written[1], dpi=110)
