@@ -361,6 +361,10 @@ def test_it_is_shown(tmp_path, capsys):
     shown = capsys.readouterr().out
     for part in ("Fashion-MNIST, small network", "│AdaBayes │    2│    5.50│0.71│ 0.23│", "CIFAR-10,", "Minimal test loss"):
         assert part in shown
+    report.show(save(folder, *minima("AdaBayes-FP, decay kept at the drop", 5)), Console(width=80))
+    table, narrow = capsys.readouterr().out.split("Protocol")[0], "│AdaBayes                 │    2│   5.50│0.71│"
+    assert narrow.replace(" ", "") in table.replace(" ", "")
+    assert "…" not in table
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def add_training(parser: argparse.ArgumentParser, key: str) -> None:
     add("--epochs", type=int, default=epochs)
     add("--drop", type=int, help="epochs after which lr is divided by ten; three quarters of all, if not given")
     add("--images", type=int, help="of training and of testing at most so many, the first; else all")
+    add("--no-appendix", action="store_true", help="without Appendix A and B, at the end of AdaBayes's first run")
     add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
     add("--save-every", type=float, default=30, metavar="SECONDS", help="between a run's checkpoints; JSON is of each epoch")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +93,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
             bfloat16=options.device == "cuda" and not options.float32)
         for seed in dict.fromkeys(options.seeds) for name in names
     ]  # fmt: skip
-    bayes = next((job for job in jobs if job.optimizer == "AdaBayes"), None)
+    bayes = next((job for job in jobs if job.optimizer == "AdaBayes" and not options.no_appendix), None)
     about = machine.about(options.device, "bench.paper")
     folder = getattr(options, "folder", None)
     return Plan(
@@ -136,6 +137,8 @@ COMMANDS = {"report": report, "theory": theory}
 
 def main(argv: list[str] | None = None) -> int:
     options, console = parse(argv), Console()
+    if not console.is_terminal:
+        console.width = 150
     try:
         written = COMMANDS.get(options.command, reproduce)(options, console)
     except (data.WrongData, WrongRun, FileNotFoundError, runs.BrokenRun) as error:

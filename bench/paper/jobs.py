@@ -8,8 +8,8 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def run_all(plan: Plan, at_once: int, console: Console) -> None:
             if name not in bars:
                 bars[name] = progress.add_task(name, total=1.0, says="")
             progress.update(bars[name], completed=part, **({"says": says} if says else {}))
-            if part == 2.0:  # its process has ended with it
+            if part == ENDED:
                 progress.remove_task(bars[name])
                 progress.advance(whole)
                 if says:
@@ -81,34 +81,28 @@ def measure_gradients(plan: Plan, images: data.Data, console: Console) -> None:
     checkpoint.unlink()
 
 
+ENDED = 2.0
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[says]}"))
 
 
 def told(plan: Plan, at_once: int) -> Iterator[tuple[str, float, str]]:
-    """(run, how much of it is done, what it says) as it comes; 2.0 once it has ended."""
+    """(run, how much of it is done, what it says) as it comes, ENDED for how much at the last."""
     context = multiprocessing.get_context("spawn")
     messages, threads = context.Queue(), max(1, torch.get_num_threads() // at_once)
     with ProcessPoolExecutor(at_once, context, _prepare, (plan, threads, messages)) as pool:
         pending = {job.name: pool.submit(_train, job) for job in plan.jobs}
-        last: dict[str, str] = {}
         try:
             while pending:
-                try:
-                    name, part, says = messages.get(timeout=0.2)
-                    last[name] = says or last.get(name, "")
-                    yield name, part, says
-                except queue.Empty:
-                    for name in [name for name, future in pending.items() if future.done()]:
-                        _result(pending.pop(name))
-                        yield name, 2.0, last.get(name, "")
+                with suppress(queue.Empty):
+                    message = messages.get(timeout=0.2)
+                    if message[0] in pending:
+                        yield message
+                for name in [name for name, future in pending.items() if future.done()]:
+                    yield name, ENDED, pending.pop(name).result()
         except BaseException:
             for process in (pool._processes or {}).values():  # until 3.14's terminate_workers
                 process.terminate()
             raise
-
-
-def _result(future: Future[None]) -> None:
-    future.result()
 
 
 # --- In the processes -------------------------------------------------------------------------------------------------
@@ -133,12 +127,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train(job: Job) -> None:
+def _train(job: Job) -> str:
+    """Returns the last that it said."""
+    last = ""
+
     def tell(part: float, says: str) -> None:
+        nonlocal last
+        last = says or last
         _tell((job.name, part, says))
 
     about = _plan.about | {"threads": torch.get_num_threads()}
     train(job, _images, _plan.output, about, tell, _plan.save_every, keep=job == _plan.measured)
+    return last
 
 
 @contextmanager

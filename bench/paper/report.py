@@ -198,6 +198,7 @@ COLUMNS = {  # heading: where it stands in a row, how it is shown
     "paper's\nerror, %": ("paper_error", "{:.2f}"),
     "paper's\nloss": ("paper_loss", "{:.3f}"),
 }
+WIDE, NARROW = 130, ("optimizer", "seeds", "minimal", "sd", "last")  # a narrower screen shows the columns that begin so
 BEST = ("error", "error_last", "loss", "loss_last", "paper_error", "paper_loss")  # the lowest is bold
 
 
@@ -260,9 +261,13 @@ def write(folder: Path) -> list[Path]:
 def show(folder: Path, console: Console) -> None:
     for group in groups(read(folder)):
         table = Table(title=escape(group.title), title_justify="left", padding=0)
-        for name in headings(group):
-            table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
-        for line in cells(rows(group), "[bold]{}[/bold]"):
+        columns = list(zip(headings(group), *cells(rows(group), "[bold]{}[/bold]"), strict=True))
+        if console.width < WIDE:
+            columns = [column for column in columns if column[0].startswith(NARROW)]
+        for name, *_ in columns:
+            first = name == "optimizer"
+            table.add_column(name, justify="left" if first else "right", no_wrap=not first)
+        for line in zip(*(column[1:] for column in columns), strict=True):
             table.add_row(*line)
         console.print(table)
         for heading, lines in paragraphs(group).items():
