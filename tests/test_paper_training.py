@@ -330,14 +330,14 @@ def test_cifar_s_layout_and_resnet_34_to_the_table(tmp_path):
         records = rng.integers(0, 256, (20, 3073), np.uint8)
         records[:, 0] = np.arange(20) % 10
         (tmp_path / name).write_bytes(records.tobytes())
-    process = command("cifar10", "--no-appendix", folder=tmp_path, output=tmp_path / "out", network="resnet34", width=0.0625, epochs=2,
-                      optimizers=["AdaBayes", "AdamW"], seeds=[0, 1], device="cpu", name="noise")  # fmt: skip
+    options = dict(network="resnet34", width=0.0625, epochs=2, optimizers=["AdaBayes", "AdamW"], seeds=[0, 1], device="cpu")
+    process = command("cifar10", "--no-appendix", folder=tmp_path, output=tmp_path / "out", name="noise", **options)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     found = json.loads((tmp_path / "out" / "runs" / "adamw-seed1.json").read_text())
     assert (found["data"], found["network"], len(found["epochs"])) == ("noise", "resnet34", 2)
     assert found["protocol"]["train_images"] == 100
-    assert found["machine"]["command"].startswith("python -m bench.paper cifar10 --folder")
+    assert found["machine"]["command"].startswith("python -m bench.paper cifar10 --no-appendix --folder")
     assert "noise" in (tmp_path / "out" / "table.md").read_text()
 
 
