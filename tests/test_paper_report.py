@@ -355,6 +355,14 @@ def test_variants_stand_against_their_originals(tmp_path):
     ]
 
 
+def test_what_a_killed_run_was_writing_is_no_run(tmp_path):
+    folder = save(tmp_path, *minima("AdaBayes", 5))
+    (folder / "runs" / ".adabayes-seed0.json").write_text('{"data": "Fas')
+    (folder / "runs" / ".adabayes-seed0.figure3.json").write_text("{")
+    assert len(read(folder)) == 1
+    report.write(folder)
+
+
 def test_it_is_shown(tmp_path, capsys):
     folder = save(tmp_path, *minima("AdaBayes", 5, 6), *minima("SGD", 6, 7))
     report.show(folder, Console(width=140))

@@ -26,7 +26,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
     Raises: FileNotFoundError where there is no run; BrokenRun, naming the file, where one does not hold a run.
     """
-    paths = [path for path in sorted((folder / "runs").rglob("*.json")) if not path.name.endswith(FIGURE3)]
+    paths = sorted((folder / "runs").rglob("[!.]*.json"))  # not what a killed run was writing
+    paths = [path for path in paths if not path.name.endswith(FIGURE3)]
     if not paths:
         raise FileNotFoundError(f"there are no runs in {folder / 'runs'}")
     return sorted((_read_run(path) for path in paths), key=lambda run: (_position(run["optimizer"]), run["seed"]))
