@@ -36,7 +36,7 @@ test: $(VENV)/test.stamp  ## Every test
 bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results
 	$(RUN) -m bench $(ARGS)
 
-paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in bench/results
+paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it

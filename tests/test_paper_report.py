@@ -17,18 +17,20 @@ from matplotlib.colors import to_hex  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from bench.paper import compare, pictures, report, reported  # noqa: E402
-from bench.paper.runs import groups, read  # noqa: E402
+from bench.paper.runs import BrokenRun, groups, read  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MACHINE = dict(gpu="", cpu="a CPU", threads=2, versions={"torch": "2.12"}, date="2026-10-01T12:00:00", commit="c", command="d")
 PROTOCOL = dict(epochs=3, drop=2, factor=0.1, batch_size=128, train_images=60_000, test_images=10_000, steps_per_epoch=469,
                 augmentation="pad 4, crop, flip", precision="float32", width=1.0)  # fmt: skip
 
+OPTIONS = dict(lr=1e-3, sgd_lr=0.1, batch_size=128)
+
 
 def run_of(optimizer, seed, errors, losses=(0.5, 0.4, 0.45), **others):
     epochs = [dict(epoch=k + 1, test_error=e, test_loss=loss) for k, (e, loss) in enumerate(zip(errors, losses, strict=False))]
     about = dict(data="Fashion-MNIST", data_key="fashion", network="small", title="small network", parameters=1234)
-    run = about | dict(optimizer=optimizer, seed=seed, options={"lr": 0.1}, machine=MACHINE, epochs=epochs)
+    run = about | dict(optimizer=optimizer, seed=seed, options=OPTIONS, machine=MACHINE, epochs=epochs)
     return run | others | dict(protocol=PROTOCOL | others.get("protocol", {}))
 
 
@@ -146,7 +148,7 @@ def test_the_papers_own_protocol_is_said_to_be_it(tmp_path):
     assert report.protocol(group).endswith("ResNet-34 of width 0.5, 1,234 parameters. Scaled down or changed, in brackets the "
                                            "paper's: epochs 2 (200), width 0.5 (1.0).")  # fmt: skip
     group.protocol.update(epochs=200, width=1.0)
-    assert report.protocol(group).endswith("All as in the paper.")
+    assert report.protocol(group).endswith("As in the paper.")
 
 
 # --- Runs that are not complete, missing, broken ----------------------------------------------------------------------
@@ -186,7 +188,7 @@ def test_a_broken_file_is_named(tmp_path, text, message):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no runs in"):
+    with pytest.raises(BrokenRun, match="no runs in"):
         report.write(tmp_path)
 
 
@@ -355,6 +357,34 @@ def test_variants_stand_against_their_originals(tmp_path):
     ]
 
 
+def with_ratios(run, *ratios):
+    for epoch, ratio in zip(run["epochs"], ratios, strict=True):
+        epoch["ratio"] = ratio
+    return run
+
+
+@pytest.mark.parametrize(("second", "verdict"), [(1.02, "1.0400 (1.0600, 1.0200 by seed), within 5 %"), (1.05, "not within 5 %")])
+def test_figure_3_is_judged_before_the_drop(second, verdict, tmp_path):
+    """The ratios of epoch 2 of 3; the filter remembers sigma^2 / eta^2 = 0.1 / (128 x 1e-6) steps; 2 x 469 had passed."""
+    runs = [with_ratios(run, 2.0, ratio, 9.0) for run, ratio in zip(minima("AdaBayes", 5, 6), (1.06, second), strict=True)]
+    (line,) = report.figure3(group_of(tmp_path, *runs))
+    assert verdict in line
+    assert "memory is 781 steps" in line
+    assert "and 938 had passed" in line
+    assert line in report.markdown(group_of(tmp_path, *runs))
+
+
+def test_figure_3_without_points(tmp_path):
+    """Of a network that has diverged no weight has a finite one."""
+    (run,) = minima("AdaBayes", 5)
+    points = dict(
+        epoch=2, eta=1e-3, sigma_sq=1e-3, x=[], post=[], weights=0, left_out=9, ratio_mean=0, ratio_std=0, adam_side=None
+    )
+    folder = save(tmp_path, run)
+    (folder / "runs" / "adabayes-seed0.figure3.json").write_text(json.dumps(points))
+    assert [path.name for path in pictures.draw(folder)] == ["figure4.png", "figure3.png"]
+
+
 def test_what_a_killed_run_was_writing_is_no_run(tmp_path):
     folder = save(tmp_path, *minima("AdaBayes", 5))
     (folder / "runs" / ".adabayes-seed0.json").write_text('{"data": "Fas')
@@ -418,10 +448,11 @@ def test_figure_4_has_a_pair_for_variants(tmp_path):
 
 
 def test_optimizers_differ_in_grey():
-    """By dashes and width, whatever the colour."""
-    looks = [(style["linestyle"], style.get("linewidth", 1.5)) for style in pictures.STYLES.values()]
-    assert len(set(looks)) == len(pictures.STYLES) == 9
-    assert list(pictures.STYLES) == list(reported.ORDER)
+    """By dashes and width, whatever the colour: Table 1's nine, and the variants beside AdaBayes and AdaBayes-FP."""
+    looks = {name: (style["linestyle"], style.get("linewidth", 1.5)) for name, style in pictures.STYLES.items()}
+    assert list(looks)[:9] == list(reported.ORDER)
+    assert len(set(list(looks.values())[:9])) == 9
+    assert len(set(list(looks.values())[7:])) == len(looks) - 7 == 8
 
 
 X, SIGMA_SQ = np.array([1e-5, 1e-3, 1e-1]), 1e-3

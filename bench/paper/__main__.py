@@ -12,20 +12,25 @@ Killed at any moment, the same command goes on. What it trains: every row of Tab
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import shlex
 import sys
+from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from bench import machine
 
 from . import data, networks, runs
-from .jobs import Plan, measure_gradients, run_all
+from .jobs import Plan, claimed, measure_gradients, run_all
 from .optimizers import OPTIMIZERS, ORDER, TABLE1, VARIANTS
 from .train import Job, WrongRun
 
-RESULTS = Path(__file__).parents[1] / "results"
+RUNS = Path("runs")
 # Network, epochs, seeds, where nothing else is said; CIFAR's are the paper's. lr drops after three quarters, as there.
 DEFAULTS = {
     "digits": ("small", 60, [0, 1, 2]),
@@ -35,24 +40,29 @@ DEFAULTS = {
 }
 
 
+PACKAGES = ("matplotlib", "pytorch_optimizer", "scipy", "sklearn")  # else it would show after hours
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for key, title in data.NAMES.items():
-        add_training(
-            commands.add_parser(key, help=f"train on {title}", formatter_class=argparse.ArgumentDefaultsHelpFormatter), key
-        )
+        add_training(commands.add_parser(key, help=f"train on {title}"), key)
     report = commands.add_parser("report", help="tables and pictures of what a folder holds")
     report.add_argument("output", type=Path, metavar="FOLDER")
     commands.add_parser("theory", help="Section 2 and Appendix C").add_argument(
-        "--output", type=Path, default=RESULTS / "paper-theory", metavar="FOLDER"
+        "--output", type=Path, default=RUNS / "paper-theory", metavar="FOLDER"
     )
     options = parser.parse_args(argv)
     if options.command in data.NAMES:
         complete(options, parser.error)
     return options
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(shlex.quote, names))
 
 
 def add_training(parser: argparse.ArgumentParser, key: str) -> None:
@@ -62,35 +72,50 @@ def add_training(parser: argparse.ArgumentParser, key: str) -> None:
         where = data.DEBIAN if key == "fashion" else None
         add("--folder", type=Path, default=where, required=where is None, help=data.WHERE[key])
     add("--name", help="what the tables call the data, if they are no originals")
-    add("--network", choices=networks.TITLES, default=network)
+    add("--network", choices=networks.TITLES, default=network, help=f"{network}, if not given")
     add("--width", type=float, default=1.0, help="of the network's channels; 1 is the paper's")
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(TABLE1), metavar="NAME", help=", ".join(OPTIMIZERS))
-    add("--variants", action="store_true", help=f"too: {', '.join(VARIANTS)}")
-    add("--seeds", nargs="+", type=int, default=seeds, metavar="N")
-    add("--epochs", type=int, default=epochs)
+    add(
+        "--optimizers",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(TABLE1),
+        metavar="NAME",
+        help=f"of {quoted(OPTIMIZERS)}; all of Table 1, if not given",
+    )
+    add("--variants", action="store_true", help=f"too: {quoted(VARIANTS)}")
+    add("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=f"{' '.join(map(str, seeds))}, if not given")
+    add("--epochs", type=int, default=epochs, help=f"{epochs}, if not given")
     add("--drop", type=int, help="epochs after which lr is divided by ten; three quarters of all, if not given")
     add("--images", type=int, help="of training and of testing at most so many, the first; else all")
     add("--no-appendix", action="store_true", help="without Appendix A and B, at the end of AdaBayes's first run")
-    add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
-    add("--save-every", type=float, default=30, metavar="SECONDS", help="between a run's checkpoints; JSON is of each epoch")
+    add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads; 1, if not given")
+    add("--save-every", type=float, default=30, metavar="SECONDS", help="between a run's checkpoints; 30, if not given")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--eager", action="store_true", help="on a GPU too, where training steps are CUDA graphs")
     add("--float32", action="store_true", help="on a GPU too, where bfloat16 autocast is usual here")
-    add("--output", type=Path, help="folder; bench/results/paper-DATA-NETWORK, if not given")
+    add("--output", type=Path, help="folder; runs/paper-DATA-NETWORK, if not given")
 
 
 def complete(options: argparse.Namespace, error) -> None:
     for name in ("epochs", "jobs", "images", "drop"):
         if (value := getattr(options, name)) is not None and value < 1:
             error(f"--{name} {value} is not above 0")
+    if not 0 < options.width <= 4:
+        error(f"--width {options.width} is not in (0, 4]")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        error("--device cuda: this torch sees no GPU")
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        error(f"not installed: {', '.join(missing)}; pip install 'adabayes_fused[paper]'")
     options.drop = options.drop or max(1, options.epochs * 3 // 4)
-    options.output = options.output or RESULTS / f"paper-{options.command}-{options.network}"
+    options.output = options.output or RUNS / f"paper-{options.command}-{options.network}"
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
     names = sorted({*options.optimizers, *(VARIANTS if options.variants else ())}, key=ORDER.index)
     jobs = [
         Job(options.network, name, seed, options.epochs, options.drop, width=options.width,
-            bfloat16=options.device == "cuda" and not options.float32)
+            bfloat16=options.device == "cuda" and not options.float32, graphs=not options.eager)
         for seed in dict.fromkeys(options.seeds) for name in names
     ]  # fmt: skip
     bayes = next((job for job in jobs if job.optimizer == "AdaBayes" and not options.no_appendix), None)
@@ -113,9 +138,12 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def reproduce(options: argparse.Namespace, console: Console) -> list[Path]:
     plan = plan_of(options)
     images = plan.load()  # here too, so that what is wrong with it is told before a process is started
-    run_all(plan, min(options.jobs, len(plan.jobs)), console)
-    measure_gradients(plan, images, console)
-    return report(options, console)
+    if (last := len(images.train_y) % plan.jobs[0].batch_size) == 1:
+        raise data.WrongData(f"--images {options.images}: the last batch would have {last} image, too few for BatchNorm")
+    with claimed(plan.output):
+        run_all(plan, min(options.jobs, len(plan.jobs)), console)
+        measure_gradients(plan, images, console)
+        return report(options, console)
 
 
 def report(options: argparse.Namespace, console: Console) -> list[Path]:
@@ -141,9 +169,12 @@ def main(argv: list[str] | None = None) -> int:
         console.width = 150
     try:
         written = COMMANDS.get(options.command, reproduce)(options, console)
-    except (data.WrongData, WrongRun, FileNotFoundError, runs.BrokenRun) as error:
-        console.print(f"[red]{error}", soft_wrap=True)
+    except (data.WrongData, WrongRun, runs.BrokenRun) as error:
+        console.print(f"[red]{escape(str(error))}", soft_wrap=True)
         return 2
+    except (OSError, BrokenProcessPool) as error:
+        console.print(f"[red]{escape(str(error))}: that put right, the same command goes on", soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         console.print("Stopped; the same command goes on.")
         return 130

@@ -112,7 +112,7 @@ class Comparison(NamedTuple):
 
 
 def comparison(group: Group, measure: Measure) -> Comparison:
-    """Without optimizers that have a run whose loss is never finite."""
+    """Without optimizers that have a run where the measure is never finite."""
     samples = {name: sample(runs, measure) for name, runs in group.complete.items()}
     samples = {name: found for name, found in samples.items() if math.isfinite(found.mean)}
     return Comparison(samples, pooled_variance(samples.values()), group.protocol["test_images"] if measure is ERROR else 0)

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import math
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Data(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")})
 
     def normalized(self, images: Tensor) -> Tensor:
-        """uint8 images as float32, of mean 0 and variance 1 over the training images, in the layout they have."""
+        """uint8 images as float32 in the layout they have, less ``mean``, over ``std``."""
         return (images / 255 - by_channel(self.mean, images.device)) / by_channel(self.std, images.device)
 
 
@@ -179,11 +180,13 @@ def _read(path: Path, key: str) -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except FileNotFoundError:
         raise WrongData(f"there is no {path}: the folder has to hold {WHERE[key]}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise WrongData(f"{path} cannot be read ({error}): it is cut short, or another file") from None
 
 
 def _check_labels(folder: Path, part: str, labels: np.ndarray, classes: int) -> None:
+    if not len(labels):
+        raise WrongData(f"{folder}: there are no {part} images")
     if labels.max() >= classes:
         raise WrongData(f"{folder}: a label of the {part} images is {labels.max()}, but there are {classes} classes")
     counts = np.bincount(labels, minlength=classes)

@@ -18,10 +18,10 @@ def fixed_point(x: torch.Tensor, sigma_sq: float) -> torch.Tensor:
 
 @torch.no_grad()
 def figure3(optimizer: AdaBayes, seed: int) -> dict[str, Any]:
-    """x and sigma^2_post of random weights, in the paper's units (gradients of the summed loss), and the mean and standard
-    deviation of sigma^2_post / Eq. 20 over all weights that ever had a gradient, and over those on Adam's side, x < sigma^2."""
+    """x and sigma^2_post of random weights, drawn with replacement, in the paper's units (gradients of the summed loss); mean and
+    standard deviation of sigma^2_post / Eq. 20 over all weights that ever had a gradient, and over those where x < sigma^2."""
     (group,) = optimizer.param_groups
-    eta, batch_size = float(group["lr"]), float(group["batch_size"])
+    eta, batch_size = rounded(group["lr"]), float(group["batch_size"])
     sigma_sq = eta * float(group["r"]) / batch_size  # Eq. 22
     found = []
     for p in group["params"]:
@@ -32,7 +32,7 @@ def figure3(optimizer: AdaBayes, seed: int) -> dict[str, Any]:
     seen = x.isfinite()
     x, post = x[seen], post[seen]
     ratio = post / fixed_point(x, sigma_sq)
-    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:POINTS].to(x.device)
+    some = torch.randint(max(1, len(x)), (min(POINTS, len(x)),), generator=torch.Generator().manual_seed(seed)).to(x.device)
     on_adams_side = ratio[x < sigma_sq]
     return dict(
         eta=eta,
@@ -47,6 +47,11 @@ def figure3(optimizer: AdaBayes, seed: int) -> dict[str, Any]:
 
 def statistics(ratio: torch.Tensor) -> dict[str, Any]:
     return dict(weights=len(ratio), ratio_mean=ratio.mean().item(), ratio_std=ratio.std(correction=0).item())
+
+
+def rounded(lr: float | torch.Tensor) -> float:
+    """0.0001, also where it is a float32 tensor's 0.00010000000474974513 or a scheduler's 0.00010000000000000002."""
+    return float(f"{float(lr):.7g}")
 
 
 def short(values: torch.Tensor) -> list[float]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ class Plan(NamedTuple):
 
 def run_all(plan: Plan, at_once: int, console: Console) -> None:
     """Raises: WrongRun, or what else a run ended with; the others of its turn are ended too, and go on at the next call."""
-    with claimed(plan.output), Progress(*COLUMNS, console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         whole = progress.add_task("all runs", total=len(plan.jobs), says="")
         bars: dict[str, Any] = {}
         for name, part, says in told(plan, at_once):
@@ -65,7 +66,12 @@ def run_all(plan: Plan, at_once: int, console: Console) -> None:
 def measure_gradients(plan: Plan, images: data.Data, console: Console) -> None:
     """Appendix A and B, once the run is at its end."""
     written = plan.output / "gradients.json"
-    if plan.measured is None or not (checkpoint := checkpoint_of(plan.measured, plan.output)).exists():
+    if plan.measured is None:
+        return
+    if not (checkpoint := checkpoint_of(plan.measured, plan.output)).exists():
+        if not written.exists():
+            again = plan.output / "runs" / f"{plan.measured.name}.json"
+            console.print(f"No Appendix A and B: the network is gone; delete {again}, and the same command trains it anew")
         return
     from .gradients import measure
 
@@ -78,7 +84,7 @@ def measure_gradients(plan: Plan, images: data.Data, console: Console) -> None:
     write(
         written, {"run": plan.measured.name, "data": images.name, "network": run.record["title"], "machine": plan.about, **found}
     )
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
 
 
 ENDED = 2.0
@@ -116,7 +122,9 @@ def _prepare(plan: Plan, threads: int, messages: Any) -> None:
     global _plan, _images, _tell
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    messages.cancel_join_thread()  # what nobody reads any more keeps no process
     torch.backends.cudnn.benchmark = True
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # the first steps are eager
     _plan, _images, _tell = plan, data.Augmented(plan.load()), messages.put
 
 

@@ -51,7 +51,8 @@ VARIANTS = {
     "AdaBayes-FP, slow path": Recipe(reference.AdaBayesFP, _FP, captured=False),
     "AdaBayes, lagging variance": Recipe(AdaBayes, dict(_BAYES, variance_follows_lr=False)),
     "AdaBayes, exact transition": Recipe(AdaBayes, dict(_BAYES, transition="exact")),
-    "AdaBayes-FP, decay kept at the drop": Recipe(AdaBayesFP, _FP, keeps_decay=True),  # as in the authors' code
+    "AdaBayes, as released": Recipe(AdaBayes, dict(_BAYES, variance_follows_lr=False, transition="exact")),
+    "AdaBayes-FP, as released": Recipe(AdaBayesFP, _FP, keeps_decay=True),
 }
 OPTIMIZERS = {**TABLE1, **VARIANTS}
 # What is trained first, should the time not suffice for all.

@@ -27,14 +27,14 @@ STYLES: dict[str, dict[str, Any]] = {
     "AdamW": dict(color="#D55E00", linestyle=(0, (6, 1.5, 1, 1.5))),
     "AdaBayes-FP": dict(color="#56B4E9", linestyle=(0, (10, 1)), linewidth=2),
     "AdaBayes": dict(color="#0072B2", linestyle="-", linewidth=2.4),
+    "AdaBayes, as released": dict(color="#D55E00", linestyle=(0, (8, 2))),
+    "AdaBayes, exact transition": dict(color="#E69F00", linestyle=(0, (5, 2))),
+    "AdaBayes, lagging variance": dict(color="#009E73", linestyle=(0, (1, 1))),
+    "AdaBayes, slow path": dict(color="black", linestyle=(0, (6, 1.5, 1, 1.5))),
+    "AdaBayes-FP, as released": dict(color="#CC79A7", linestyle=(0, (2, 2))),
+    "AdaBayes-FP, slow path": dict(color="#7F7F7F", linestyle=(0, (3, 1.5, 1, 1.5, 1, 1.5))),
 }
-VARIANTS = [  # in the order of the table
-    dict(color="#D55E00", linestyle=(0, (5, 2))),
-    dict(color="#009E73", linestyle=(0, (1, 1))),
-    dict(color="black", linestyle=(0, (6, 1.5, 1, 1.5))),
-    dict(color="#E69F00", linestyle=(0, (8, 2))),
-    dict(color="#CC79A7", linestyle=(0, (3, 1.5, 1, 1.5, 1, 1.5))),
-]
+OTHER = dict(color="#7F7F7F", linestyle=":")
 LAGGING = "AdaBayes, lagging variance"
 GREY = "#555555"
 
@@ -83,12 +83,10 @@ def curves(group: Group) -> dict[str, list[dict[str, Any]]]:
 
 
 def _curves(at: Axes, group: Group, names: Iterable[str], measure: Measure) -> None:
-    kinds = iter(VARIANTS)
     for name in names:
         runs = curves(group)[name]
         label = name if name in group.complete else f"{name} (unfinished)"
-        style = STYLES[name] if name in STYLES else next(kinds)
-        _band(at, runs, measure.key, dict(label=label, zorder=3 if name.startswith(OURS) else 2) | style)
+        _band(at, runs, measure.key, dict(label=label, zorder=3 if name.startswith(OURS) else 2) | STYLES.get(name, OTHER))
     _over_epochs(at, group)
 
 
@@ -142,7 +140,8 @@ def figure3(found: list[Group]) -> Figure | None:
 
 def read_points(run: Mapping[str, Any]) -> dict[str, Any] | None:
     path = run["path"].with_suffix(FIGURE3)
-    return read_json(path) if path.exists() else None
+    points = read_json(path) if path.exists() else None
+    return points if points and points["x"] else None  # a network that diverged has none
 
 
 def fixed_point(x: np.ndarray, sigma_sq: float) -> np.ndarray:
@@ -189,10 +188,10 @@ def _ratios(points: Mapping[str, Any]) -> str:
 
 def _ratio_over_epochs(at: Axes, group: Group) -> None:
     """The mean over all weights, across the drop, with variances that follow the learning rate and, if trained, that lag."""
-    for name, style in ((OURS, STYLES[OURS]), (LAGGING, VARIANTS[0])):
+    for name in (OURS, LAGGING):
         runs = [run for run in curves(group).get(name, []) if all("ratio" in epoch for epoch in run["epochs"])]
         if runs:
-            _band(at, runs, "ratio", dict(style, label=name, marker="o", markersize=3))
+            _band(at, runs, "ratio", dict(STYLES[name], label=name, marker="o", markersize=3))
     _over_epochs(at, group)
     low, high = at.get_ylim()
     at.set(ylim=(min(0.75, low), max(1.6, high)), ylabel=r"mean $\sigma^2_{post}$ / Eq. 20")

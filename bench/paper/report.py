@@ -35,12 +35,14 @@ def protocol(group: Group) -> str:
     theirs = dict(reported.PROTOCOL, data=reported.DATA[group.paper[0]], title=reported.NETWORKS[group.paper[1]])
     ours = p | {key: group.first[key] for key in ("data", "title")}
     names = {"drop": "drop after epoch", "train_images": "training images", "title": "network"}
+    bounded = {"AdaBound", "AMSBound"} & group.complete.keys() and p["epochs"] * p["steps_per_epoch"] != 200 * 391
     changed = [
         f"{names.get(key, key).replace('_', ' ')} {_plain(ours[key])} ({_plain(value)})"
         for key, value in theirs.items()
         if ours[key] != value
     ]
-    scaled = f"Scaled down or changed, in brackets the paper's: {', '.join(changed)}." if changed else "All as in the paper."
+    changed += ["AdaBound's gamma (so that gamma x steps stays the paper's)"] if bounded else []
+    scaled = f"Scaled down or changed, in brackets the paper's: {', '.join(changed)}." if changed else "As in the paper."
     return f"Protocol: {did}. {scaled}"
 
 
@@ -56,22 +58,43 @@ def notes(group: Group) -> list[str]:
         "sd: between seeds, what another training changes (- with one seed). Binomial: sqrt(p (1 - p) / n) over n test images, "
         "what another draw of test images changes. It is the same for one run and for the mean over seeds, as all seeds saw the "
         "same images, and holds nothing of what another training changes.",
+        "The paper's text leaves three things open, which its authors' code settles otherwise than the rows AdaBayes and "
+        "AdaBayes-FP do: the exact transition instead of Eq. 16b, a posterior variance that is not rescaled where the learning "
+        "rate drops, and for AdaBayes-FP a decay that does not fall with it. The variants take these choices.",
         _note_on_differences(*(comparison(group, measure).pooled for measure in (ERROR, LOSS))),
     ]
 
 
 def _note_on_differences(error: float | None, loss: float | None) -> str:
-    if error is None or loss is None:
+    if error is None:
         return (
             "± is the standard error of a difference. With one seed each, the spread between seeds is unknown: the error has the "
             "binomial one of both, which holds nothing of what another training changes; the loss has none."
         )
+    losses = "" if loss is None else f" and {math.sqrt(loss):.4f}"
     return (
-        "± is the standard error of a difference: the variance between seeds, pooled over all optimizers "
-        f"(sd {math.sqrt(error):.2f} % and {math.sqrt(loss):.4f}), over the number of seeds of each, and for the error the "
-        "binomial variance of both. The latter is an upper bound, as networks err together on the same images; seeds alone is "
-        "the lower bound. Of pairs that do not differ, 5 % are more than two standard errors apart all the same."
+        "± is the standard error of a difference: the variance between seeds, pooled over all optimizers (sd "
+        f"{math.sqrt(error):.2f} %{losses}), over the number of seeds of each, and for the error the binomial variance of both. The latter is an upper "
+        "bound, as networks err together on the same images; seeds alone is the lower bound. Of pairs that do not differ, about "
+        "5 % are more than two of the latter apart all the same, more where few runs tell the variance."
     )
+
+
+def figure3(group: Group) -> list[str]:
+    """How far AdaBayes's variances are from Eq. 20 before the learning rate drops."""
+    p, runs = group.protocol, group.complete.get(OURS, [])
+    ratios = [run["epochs"][min(p["drop"], p["epochs"]) - 1].get("ratio") for run in runs]
+    found = [ratio for ratio in ratios if ratio is not None and math.isfinite(ratio)]
+    if not found:
+        return []
+    mean, steps = sum(found) / len(found), min(p["drop"], p["epochs"]) * p["steps_per_epoch"]
+    options = runs[0]["options"]
+    memory = options["sgd_lr"] / (options["lr"] ** 2 * options["batch_size"])  # sigma^2 / eta^2, of Eq. 16b
+    return [
+        f"sigma^2_post over Eq. 20, the mean over all weights, before the learning rate drops: {mean:.4f} "
+        f"({', '.join(f'{ratio:.4f}' for ratio in found)} by seed), {'within' if abs(mean - 1) <= 0.05 else 'not within'} 5 %. "
+        f"Eq. 20 is for steady gradients; the filter's memory is {memory:,.0f} steps, <g^2>'s 1,000, and {steps:,} had passed."
+    ]
 
 
 def leftovers(group: Group) -> list[str]:
@@ -230,6 +253,7 @@ def paragraphs(group: Group) -> dict[str, list[str]]:
     parts = {
         "": [protocol(group), *order_only(group), *notes(group), f"{captions([group])}. {SOURCE}"],
         "Not in the table": leftovers(group),
+        "Figure 3": figure3(group),
         "Minimal test error": sentences(group, ERROR),
         "Minimal test loss": sentences(group, LOSS),
     }

@@ -13,6 +13,8 @@ PROTOCOL = {
     "factor": 0.1,
     "batch_size": 128,
     "train_images": 50_000,
+    "test_images": 10_000,
+    "augmentation": "pad 4, crop, flip",
     "precision": "float32",
     "width": 1.0,
 }

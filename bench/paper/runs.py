@@ -18,18 +18,18 @@ FIGURES = {"epoch", "test_error", "test_loss"}
 
 
 class BrokenRun(ValueError):
-    """A file that holds no run, or one that does not belong to the others."""
+    """A folder without runs, a file that holds none, or one that does not belong to the others."""
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """Every run below ``folder/runs``, in the table's order, each with its "path".
 
-    Raises: FileNotFoundError where there is no run; BrokenRun, naming the file, where one does not hold a run.
+    Raises: BrokenRun where there is no run, and, naming the file, where one does not hold a run.
     """
     paths = sorted((folder / "runs").rglob("[!.]*.json"))  # not what a killed run was writing
     paths = [path for path in paths if not path.name.endswith(FIGURE3)]
     if not paths:
-        raise FileNotFoundError(f"there are no runs in {folder / 'runs'}")
+        raise BrokenRun(f"there are no runs in {folder / 'runs'}")
     return sorted((_read_run(path) for path in paths), key=lambda run: (_position(run["optimizer"]), run["seed"]))
 
 

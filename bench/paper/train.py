@@ -22,7 +22,8 @@ from adabayes_fused import AdaBayes
 
 from . import networks, optimizers
 from .data import Augmented, Data
-from .figure3 import figure3
+from .figure3 import figure3, rounded
+from .runs import FIGURE3, OURS
 
 Tell = Callable[[float, str], None]  # how much of the run is done, and what it says
 
@@ -43,6 +44,7 @@ class Job:
     batch_size: int = 128
     width: float = 1.0
     bfloat16: bool = False  # autocast
+    graphs: bool = True  # on a GPU
 
     @property
     def name(self) -> str:
@@ -60,11 +62,11 @@ class Run:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         steps = -(-len(self.data.train_y) // job.batch_size)
         self.options = optimizers.options_of(job.optimizer, job.network, job.epochs * steps, job.batch_size)
-        self.recipe, self.graphs = optimizers.OPTIMIZERS[job.optimizer], self.device.type == "cuda"
+        self.recipe, self.graphs = optimizers.OPTIMIZERS[job.optimizer], job.graphs and self.device.type == "cuda"
         self.optimizer = optimizers.make(job.optimizer, self.model.parameters(), self.options, self.graphs)
         self.scheduler = MultiStepLR(self.optimizer, [job.drop], 0.1)
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the losses, of the errors, of an epoch
-        self.step = Captured(self) if self.graphs else self.eager
+        self.step: Callable[[Tensor], None] | None = Captured(self) if self.graphs else self.eager
         self.record: dict[str, Any] = dict(
             data=self.data.name,
             data_key=self.data.key,
@@ -84,7 +86,7 @@ class Run:
     def epoch(self, tell: Tell) -> None:
         """One pass over the training images, then the test images; adds to the record."""
         began, number, size = perf_counter(), self.done + 1, self.job.batch_size
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = rounded(self.optimizer.param_groups[0]["lr"])
         rows = self.images.epoch(self.job.seed, number).split(size)
         self.model.train()
         self.sums.zero_()
@@ -212,21 +214,27 @@ def train(
     """
     written, checkpoint = folder / "runs" / f"{job.name}.json", checkpoint_of(job, folder)
     run, saved = Run(job, images, about), monotonic()
-    complete = check_same(written, run.record) == job.epochs
+    complete = written.exists() and check_same(written, json.loads(written.read_text()), run.record) == job.epochs
     if checkpoint.exists() and not complete:
-        run.load(torch.load(checkpoint, map_location=run.device, weights_only=True), about)
+        state = torch.load(checkpoint, map_location=run.device, weights_only=True)
+        check_same(checkpoint, json.loads(state["record"]), run.record)
+        run.load(state, about)
+        write(written, run.record)  # it may have been killed between the two
     with on_a_stream(run):
         while run.done < job.epochs and not complete:
             run.epoch(tell)
-            if isinstance(run.optimizer, AdaBayes) and run.done == min(job.drop, job.epochs):
-                write(written.with_suffix(".figure3.json"), {"epoch": run.done, **run.points})
-            if keep if run.done == job.epochs else monotonic() >= saved + save_every:
+            if job.optimizer == OURS and run.done == min(job.drop, job.epochs):
+                write(written.with_suffix(FIGURE3), {"epoch": run.done, **run.points})
+            ended = run.done == job.epochs
+            if (ended and keep) or (not ended and monotonic() >= saved + save_every):
                 with replaced(checkpoint) as path:
                     torch.save(run.state(), path)
                 saved = monotonic()
             write(written, run.record)  # after the checkpoint: where it says that all is done, all is there
             last = run.record["epochs"][-1]
             tell(run.done / job.epochs, f"test error {last['test_error']:.2f} %, loss {last['test_loss']:.4f}")
+    run.step = None  # or the cycle keeps the graphs' memory
+    unfinished(checkpoint).unlink(missing_ok=True)
     if not keep:
         checkpoint.unlink(missing_ok=True)
 
@@ -235,18 +243,16 @@ def checkpoint_of(job: Job, folder: Path) -> Path:
     return folder / "checkpoints" / f"{job.name}.pt"
 
 
-def check_same(written: Path, expected: dict[str, Any]) -> int:
-    """How many epochs the run that is there has, 0 if there is none."""
-    if not written.exists():
-        return 0
-    found, expected = json.loads(written.read_text()), json.loads(json.dumps(expected))
+def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> int:
+    """How many epochs the run that is there has."""
+    expected = json.loads(json.dumps(expected))
     other = [
         f"{k} was {found.get(k)}, now {expected[k]}"
         for k in expected
         if k not in ("machine", "epochs") and found.get(k) != expected[k]
     ]
     if other:
-        raise WrongRun(f"{written} is a run of other settings ({'; '.join(other)}): give those, or another --output")
+        raise WrongRun(f"{path} is of a run of other settings ({'; '.join(other)}): give those, or another --output")
     return len(found["epochs"])
 
 
@@ -267,10 +273,14 @@ def on_a_stream(run: Run) -> Iterator[None]:
 def replaced(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of the file in one move: a kill leaves the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield path.with_name(f".{path.name}")
-    os.replace(path.with_name(f".{path.name}"), path)
+    yield unfinished(path)
+    os.replace(unfinished(path), path)
+
+
+def unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    with replaced(path) as unfinished:
-        unfinished.write_text(json.dumps(content) + "\n")
+    with replaced(path) as there:
+        there.write_text(json.dumps(content) + "\n")
