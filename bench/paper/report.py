@@ -71,10 +71,10 @@ def _note_on_differences(error: float | None, loss: float | None) -> str:
             "± is the standard error of a difference. With one seed each, the spread between seeds is unknown: the error has the "
             "binomial one of both, which holds nothing of what another training changes; the loss has none."
         )
-    losses = "" if loss is None else f" and {math.sqrt(loss):.4f}"
+    seeds = f"{math.sqrt(error):.2f} %" + ("" if loss is None else f" and {math.sqrt(loss):.4f}")
     return (
-        "± is the standard error of a difference: the variance between seeds, pooled over all optimizers (sd "
-        f"{math.sqrt(error):.2f} %{losses}), over the number of seeds of each, and for the error the binomial variance of both. The latter is an upper "
+        "± is the standard error of a difference: the variance between seeds, pooled over all optimizers "
+        f"(sd {seeds}), over the number of seeds of each, and for the error the binomial variance of both. The latter is an upper "
         "bound, as networks err together on the same images; seeds alone is the lower bound. Of pairs that do not differ, about "
         "5 % are more than two of the latter apart all the same, more where few runs tell the variance."
     )
