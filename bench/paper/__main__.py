@@ -119,19 +119,17 @@ def plan_of(options: argparse.Namespace) -> Plan:
         for seed in dict.fromkeys(options.seeds) for name in names
     ]  # fmt: skip
     bayes = next((job for job in jobs if job.optimizer == "AdaBayes" and not options.no_appendix), None)
-    about = machine.about(options.device, "bench.paper")
-    folder = getattr(options, "folder", None)
     return Plan(
-        options.command,
-        folder,
-        options.name,
-        options.images,
-        options.device,
-        options.output,
-        about,
-        jobs,
-        bayes,
-        options.save_every,
+        key=options.command,
+        folder=getattr(options, "folder", None),
+        name=options.name,
+        images=options.images,
+        device=options.device,
+        output=options.output,
+        about=machine.about(options.device, "bench.paper"),
+        jobs=jobs,
+        measured=bayes,
+        save_every=options.save_every,
     )
 
 

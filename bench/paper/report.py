@@ -74,9 +74,9 @@ def _note_on_differences(error: float | None, loss: float | None) -> str:
     seeds = f"{math.sqrt(error):.2f} %" + ("" if loss is None else f" and {math.sqrt(loss):.4f}")
     return (
         "± is the standard error of a difference: the variance between seeds, pooled over all optimizers "
-        f"(sd {seeds}), over the number of seeds of each, and for the error the binomial variance of both. The latter is an upper "
-        "bound, as networks err together on the same images; seeds alone is the lower bound. Of pairs that do not differ, about "
-        "5 % are more than two of the latter apart all the same, more where few runs tell the variance."
+        f"(sd {seeds}), over the number of seeds of each, and for the error the binomial variance of both. The latter is an "
+        "upper bound, as networks err together on the same images; seeds alone is the lower bound. Of pairs that do not "
+        "differ, about 5 % are more than two of the latter apart all the same, more where few runs tell the variance."
     )
 
 
