@@ -52,6 +52,7 @@ def run_all(plan: Plan, at_once: int, console: Console) -> None:
     with Progress(*COLUMNS, console=console) as progress:
         whole = progress.add_task("all runs", total=len(plan.jobs), says="")
         bars: dict[str, Any] = {}
+        there = 0
         for name, part, says in told(plan, at_once):
             if name not in bars:
                 bars[name] = progress.add_task(name, total=1.0, says="")
@@ -59,8 +60,11 @@ def run_all(plan: Plan, at_once: int, console: Console) -> None:
             if part == ENDED:
                 progress.remove_task(bars[name])
                 progress.advance(whole)
+                there += not says
                 if says:
                     console.print(f"{name}: {says}")
+    if there:
+        console.print(f"{there} of {len(plan.jobs)} runs were there already, in {plan.output}", soft_wrap=True)
 
 
 def measure_gradients(plan: Plan, images: data.Data, console: Console) -> None:
