@@ -452,7 +452,7 @@ def test_optimizers_differ_in_grey():
     looks = {name: (style["linestyle"], style.get("linewidth", 1.5)) for name, style in pictures.STYLES.items()}
     assert list(looks)[:9] == list(reported.ORDER)
     assert len(set(list(looks.values())[:9])) == 9
-    assert len(set(list(looks.values())[7:])) == len(looks) - 7 == 8
+    assert len(set(list(looks.values())[7:])) == len(looks) - 7 == 10
 
 
 X, SIGMA_SQ = np.array([1e-5, 1e-3, 1e-1]), 1e-3

@@ -53,6 +53,9 @@ VARIANTS = {
     "AdaBayes, exact transition": Recipe(AdaBayes, dict(_BAYES, transition="exact")),
     "AdaBayes, as released": Recipe(AdaBayes, dict(_BAYES, variance_follows_lr=False, transition="exact")),
     "AdaBayes-FP, as released": Recipe(AdaBayesFP, _FP, keeps_decay=True),
+    # Table 1's SGD does not dampen its momentum: its lr = 0.1 moves a weight as far as sgd_lr = 1, ten times the paper's.
+    "AdaBayes, sgd_lr=1": Recipe(AdaBayes, dict(_BAYES, sgd_lr=1.0)),
+    "AdaBayes-FP, sgd_lr=1": Recipe(AdaBayesFP, dict(_FP, sgd_lr=1.0)),
 }
 OPTIMIZERS = {**TABLE1, **VARIANTS}
 # What is trained first, should the time not suffice for all.

@@ -31,6 +31,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "AdaBayes, exact transition": dict(color="#E69F00", linestyle=(0, (5, 2))),
     "AdaBayes, lagging variance": dict(color="#009E73", linestyle=(0, (1, 1))),
     "AdaBayes, slow path": dict(color="black", linestyle=(0, (6, 1.5, 1, 1.5))),
+    "AdaBayes, sgd_lr=1": dict(color="#0072B2", linestyle=(0, (2, 2)), linewidth=2),
+    "AdaBayes-FP, sgd_lr=1": dict(color="#56B4E9", linestyle=(0, (1, 1)), linewidth=2),
     "AdaBayes-FP, as released": dict(color="#CC79A7", linestyle=(0, (2, 2))),
     "AdaBayes-FP, slow path": dict(color="#7F7F7F", linestyle=(0, (3, 1.5, 1, 1.5, 1, 1.5))),
 }
