@@ -61,8 +61,8 @@ def notes(group: Group) -> list[str]:
         "The paper's text leaves three things open, which its authors' code settles otherwise than the rows AdaBayes and "
         "AdaBayes-FP do: the exact transition instead of Eq. 16b, a posterior variance that is not rescaled where the learning "
         "rate drops, and for AdaBayes-FP a decay that does not fall with it. The variants take these choices. "
-        "And its gradient averages are dampened: eta_SGD = 0.1 moves a weight a tenth as far as the row SGD, whose lr = 0.1 is not; "
-        "with sgd_lr=1 it goes as far.",
+        "And the paper dampens its averages: eta_SGD = 0.1 moves a weight a tenth as far as the row SGD does, whose lr is 0.1 "
+        "without; with sgd_lr=1 it goes as far.",
         _note_on_differences(*(comparison(group, measure).pooled for measure in (ERROR, LOSS))),
     ]
 
