@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -206,7 +207,7 @@ class Bench:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("--output", type=Path, required=True, help="folder of tune.json and of the libraries")
+    parser.add_argument("--output", type=Path, required=True, help="folder of tune.json")
     parser.add_argument("--cases", nargs="+", default=["1x256M", "resnet34", "densenet121", "gpt2"])
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], choices=("cuda", "triton"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -221,9 +222,10 @@ def main(argv: list[str] | None = None) -> int:
     arch = "sm_" + "".join(map(str, torch.cuda.get_device_capability() if has_gpu else (9, 0)))
     options.output.mkdir(parents=True, exist_ok=True)
     everyone: list[tuple[Variant, dict]] = []
+    made = TemporaryDirectory()
     for backend, make, some in (("cuda", cuda_variants, CUDA), ("triton", triton_variants, TRITON)):
         if backend in options.backends:
-            everyone += make(options.output, arch, some[: options.variants])
+            everyone += make(Path(made.name), arch, some[: options.variants])
     print(f"{len(everyone)} variants made in {time.monotonic() - start:.0f} s", flush=True)
     rows = [dict(variant=v.name, options=v.options, wrong=False, **about) for v, about in everyone]
     runs = {v.name: v for v, _ in everyone if has_gpu or v.backend == "triton" and triton_backend.interpreted()}
