@@ -1,4 +1,4 @@
-"""``python -m bench.verdict RESULTS ...``: results of a GPU against the targets, line by line; exits with 1 where one is missed."""
+"""``python -m bench.verdict RESULTS ...``: a GPU's results against the targets, line by line; exits with 1 where one is missed"""
 
 from __future__ import annotations
 
