@@ -28,14 +28,16 @@ build() {  # by CMake alone where the machine's setuptools is too old
   run build 60 "$python" -m adabayes_fused
 }
 
-tests() { run tests 300 "$python" -m pytest -q --durations 5 tests/test_gpu.py tests/test_capture.py; }
+tests() { run tests 300 "$python" -m pytest -q --durations 5 tests/test_gpu.py tests/test_capture.py \
+  tests/test_resume.py::test_a_captured_step_goes_on_from_what_is_loaded; }
 
-# Without what has no part in it: tests that only build, train or talk, and the paper's.
+# Every test that is made for a device, there; those of building, training and talking to other processes have none.
 suite() {
-  local others=(packaging train_lm distributed sharded_reports demo torch_suite frameworks native_build triton_compile bench)
+  local others=(packaging train_lm distributed sharded_reports demo torch_suite frameworks native_build triton_compile bench gpu capture)
   local at_once=()
+  others=("${others[@]/#/--ignore=tests/test_}")
   "$python" -c 'import xdist' 2>/dev/null && at_once=(-n 8)
-  run suite 480 "$python" -m pytest -q "${at_once[@]}" --ignore-glob 'tests/test_paper*' "${others[@]/#/--ignore-glob=tests/test_}*"
+  run suite 480 "$python" -m pytest -q "${at_once[@]}" -k "$device" --ignore-glob 'tests/test_paper*' "${others[@]/%/.py}"
 }
 
 sanitize() {
