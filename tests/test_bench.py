@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ for needed in ("matplotlib", "psutil", "rich"):
     pytest.importorskip(needed)
 
 from bench import __main__ as main  # noqa: E402
-from bench import case, contenders, floor, kernels, memory, shapes, step, timing, verdict  # noqa: E402
+from bench import case, contenders, floor, kernels, memory, shapes, step, timing, tune, verdict  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(floor.shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -229,3 +230,14 @@ def test_the_verdict_names_what_is_missed():
     assert {case for case, _, _ in missed(rows)} == {"gpt2"}
     rows = [row for row in good if row["contender"] != "flashoptim AdamW"]
     assert {what for _, _, what in missed(rows)} == {"/ flashoptim AdamW"}
+
+
+def test_variants_are_compared_with_what_ships():
+    macros = re.findall(r"#define ADABAYES_(\w+) (\d+)", (ROOT / "csrc/multi_tensor.h").read_text())
+    assert {name: int(value) for name, value in macros} == tune.BASE_CUDA
+    source = (ROOT / "adabayes_fused/backends/triton.py").read_text()
+    shipped = {name: re.search(rf'^{name} = "?(\w*)"?', source, re.MULTILINE)[1] for name in ("CHUNK", "BLOCK", "EVICT")}
+    shipped["WARPS"] = re.search(r'"num_warps": (\d+)', source)[1]
+    assert {name: str(value) for name, value in tune.BASE_TRITON.items()} == shipped
+    assert all(options.keys() <= tune.BASE_CUDA.keys() for options in tune.CUDA)
+    assert all(options.keys() <= tune.BASE_TRITON.keys() for options in tune.TRITON)
