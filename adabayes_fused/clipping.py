@@ -89,9 +89,9 @@ def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
 
 
 def total(sums: list[Tensor]) -> Tensor:
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    home = next((s for s in sums if s.device.type != "cpu"), zero)
-    return torch.stack([s.to(home, non_blocking=True) for s in (zero, *sums)]).sum()
+    home = next((s for s in sums if s.device.type != "cpu"), torch.zeros((), dtype=torch.float64, device="cpu"))
+    zero = torch.zeros_like(home)  # made there: under capture nothing is copied from memory that is not pinned
+    return torch.stack([zero, *(s.to(home, non_blocking=True) for s in sums)]).sum()
 
 
 def norm_and_factor(total: Any, grad_scale: Any, max_grad_norm: float | None) -> tuple[Any, Any]:

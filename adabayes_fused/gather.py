@@ -144,7 +144,7 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
     if isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.dim() == 0:
         return step
     known = step.detach() if isinstance(step, Tensor) else torch.as_tensor(step, device="cpu")
-    return known.to(device=device, dtype=torch.float32).reshape(())
+    return known.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu").reshape(())
 
 
 def prepare(item: Item, names: tuple[str, ...], step_device: torch.device) -> Prepared:

@@ -84,8 +84,8 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple]:
             yield "scaling", case, step.measure, ("scaling", case, small)
 
 
-def run(options: argparse.Namespace, console: Console) -> list[dict]:
-    """The rows of every job, shown as they come; a job that dies is a row that says so."""
+def run(options: argparse.Namespace, console: Console, about: dict) -> list[dict]:
+    """The rows of every job, shown and written as they come; a job that dies is a row that says so."""
     rows: list[dict] = []
     todo, log = list(jobs(options)), options.output / "log.txt"
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[doing]}"))
@@ -106,6 +106,7 @@ def run(options: argparse.Namespace, console: Console) -> list[dict]:
                 found[0] |= dict(compiler=case, target="")
             report.show(found, console)
             rows += found
+            report.write(options.output, about, rows)  # a run that is cut leaves what it has
         progress.update(bar, completed=len(todo), description="done", doing="")
     return rows
 
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     about = machine.about(options.device)
     with TemporaryDirectory() as folder:
         options.floor = floor.build(Path(folder)) if options.device == "cpu" else (None, "")
-        rows = run(options, console)
+        rows = run(options, console, about)
     from . import pictures  # here, as each job's process imports this file
 
     written = report.write(options.output, about, rows) + pictures.draw(options.output, machine.caption(about), rows)

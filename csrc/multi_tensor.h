@@ -14,8 +14,17 @@
 #define UNROLL
 #endif
 
-constexpr int64_t kChunk = 16384;  // elements a block takes
-constexpr int kThreads = 256;
+// Macros, for bench/tune.py alone to vary.
+#ifndef ADABAYES_CHUNK
+#define ADABAYES_CHUNK 16384
+#define ADABAYES_THREADS 256
+#define ADABAYES_PACKS 1
+#define ADABAYES_STREAMING 0
+#endif
+
+constexpr int64_t kChunk = ADABAYES_CHUNK;  // elements a block takes
+constexpr int kThreads = ADABAYES_THREADS;
+constexpr int kPacks = ADABAYES_PACKS;  // a thread's loads of each stream before its first store
 
 // Chunk map: one word a block, the row's index above the number of the chunk in its tensor.
 RULE_FN int64_t row_of(int64_t entry) { return entry >> 32; }
@@ -28,9 +37,34 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T value[N]; };
 // Gradients of another dtype than the parameters': which one is looked up at run time, alike in a whole block.
 struct AnyGrad {};
 
+#if defined(__CUDA_ARCH__) && ADABAYES_STREAMING
+// 16 bytes at a time, marked as not needed again.
+template <class P>
+RULE_FN P read(const P* from) {
+  if constexpr (sizeof(P) % 16) return *from;
+  else {
+    P pack;
+    UNROLL
+    for (int k = 0; k < int(sizeof(P) / 16); ++k) reinterpret_cast<int4*>(&pack)[k] = __ldcs(reinterpret_cast<const int4*>(from) + k);
+    return pack;
+  }
+}
+template <class P>
+RULE_FN void write(P* to, const P& pack) {
+  if constexpr (sizeof(P) % 16) *to = pack;
+  else {
+    UNROLL
+    for (int k = 0; k < int(sizeof(P) / 16); ++k) __stcs(reinterpret_cast<int4*>(to) + k, reinterpret_cast<const int4*>(&pack)[k]);
+  }
+}
+#else
+template <class P> RULE_FN P read(const P* from) { return *from; }
+template <class P> RULE_FN void write(P* to, const P& pack) { *to = pack; }
+#endif
+
 template <int N, class S, class T>
 RULE_FN void load(const S* from, int64_t i, T* to) {
-  const Pack<S, N> pack = *reinterpret_cast<const Pack<S, N>*>(from + i);
+  const Pack<S, N> pack = read(reinterpret_cast<const Pack<S, N>*>(from + i));
   UNROLL
   for (int k = 0; k < N; ++k) to[k] = T(widen(pack.value[k]));
 }
@@ -40,7 +74,7 @@ RULE_FN void store(S* to, int64_t i, const T* from) {
   Pack<S, N> pack;
   UNROLL
   for (int k = 0; k < N; ++k) narrow(from[k], pack.value[k]);
-  *reinterpret_cast<Pack<S, N>*>(to + i) = pack;
+  write(reinterpret_cast<Pack<S, N>*>(to + i), pack);
 }
 
 template <int N, class G, class T>
@@ -58,20 +92,26 @@ RULE_FN void load_grad(DType dtype, int64_t address, int64_t i, T* to) {
   }
 }
 
-// N consecutive elements of one tensor: loads, the rule, stores.
-template <class Rule, class P, class G, bool full, int N, class T = typename Compute<P>::type>
-RULE_FN void update_pack(const typename Rule::template Coefficients<T>& c, const Row& row, DType grad_dtype, int64_t i) {
+// K packs of N consecutive elements of one tensor, `stride` apart: all loads, the rule, all stores.
+template <class Rule, class P, class G, bool full, int N, int K, class T = typename Compute<P>::type>
+RULE_FN void update_packs(const typename Rule::template Coefficients<T>& c, const Row& row, DType grad_dtype, int64_t i, int64_t stride) {
   constexpr int slots = full ? Rule::slots : Rule::lean, reads = full ? Rule::reads : Rule::lean;
-  T grad[N], param[N], slot[kMaxSlots][N] = {};
-  load_grad<N, G>(grad_dtype, row.grad, i, grad);
-  load<N>(reinterpret_cast<const P*>(row.param), i, param);
+  T grad[K][N], param[K][N], slot[K][kMaxSlots][N] = {};
   UNROLL
-  for (int s = 0; s < reads; ++s) load<N>(reinterpret_cast<const T*>(row.slot[s]), i, slot[s]);
+  for (int k = 0; k < K; ++k) {
+    load_grad<N, G>(grad_dtype, row.grad, i + k * stride, grad[k]);
+    load<N>(reinterpret_cast<const P*>(row.param), i + k * stride, param[k]);
+    UNROLL
+    for (int s = 0; s < reads; ++s) load<N>(reinterpret_cast<const T*>(row.slot[s]), i + k * stride, slot[k][s]);
+  }
   UNROLL
-  for (int k = 0; k < N; ++k) Rule::update(c, grad[k], param[k], slot[0][k], slot[1][k], slot[2][k], slot[3][k]);
-  store<N>(reinterpret_cast<P*>(row.param), i, param);
-  UNROLL
-  for (int s = 0; s < slots; ++s) store<N>(reinterpret_cast<T*>(row.slot[s]), i, slot[s]);
+  for (int k = 0; k < K; ++k) {
+    UNROLL
+    for (int n = 0; n < N; ++n) Rule::update(c, grad[k][n], param[k][n], slot[k][0][n], slot[k][1][n], slot[k][2][n], slot[k][3][n]);
+    store<N>(reinterpret_cast<P*>(row.param), i + k * stride, param[k]);
+    UNROLL
+    for (int s = 0; s < slots; ++s) store<N>(reinterpret_cast<T*>(row.slot[s]), i + k * stride, slot[k][s]);
+  }
 }
 
 // Elements begin..end of a row: those of the block's chunk.
@@ -115,7 +155,10 @@ THREAD_FN void update_chunk(const Row* rows, const int64_t* chunks, const double
   const auto c = coefficients<Rule, T>(coefficient_rows + row.coefficients * kCoefficients);
   const bool aligned = ((row.param | row.grad | row.slot[0] | row.slot[1] | row.slot[2] | row.slot[3]) & 15) == 0;
   const int64_t packed = chunk.packed(aligned, N);
-  for (int64_t i = chunk.begin + int64_t(thread) * N; i < packed; i += int64_t(threads) * N)
-    update_pack<Rule, P, G, full, N>(c, row, grad_dtype, i);
-  for (int64_t i = packed + thread; i < chunk.end; i += threads) update_pack<Rule, P, G, full, 1>(c, row, grad_dtype, i);
+  const int64_t stride = int64_t(threads) * N;
+  int64_t i = chunk.begin + int64_t(thread) * N;
+  if constexpr (kPacks > 1)
+    for (; i + (kPacks - 1) * stride < packed; i += kPacks * stride) update_packs<Rule, P, G, full, N, kPacks>(c, row, grad_dtype, i, stride);
+  for (; i < packed; i += stride) update_packs<Rule, P, G, full, N, 1>(c, row, grad_dtype, i, 0);
+  for (i = packed + thread; i < chunk.end; i += threads) update_packs<Rule, P, G, full, 1, 1>(c, row, grad_dtype, i, 0);
 }

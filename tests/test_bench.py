@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ for needed in ("matplotlib", "psutil", "rich"):
     pytest.importorskip(needed)
 
 from bench import __main__ as main  # noqa: E402
-from bench import case, contenders, floor, kernels, memory, shapes, step, timing  # noqa: E402
+from bench import case, contenders, floor, kernels, memory, shapes, step, timing, tune, verdict  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(floor.shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -190,3 +191,53 @@ def test_a_small_run_from_end_to_end(tmp_path):
         assert line == {key: "" if row.get(key) is None else str(row[key]) for key in line}
     for picture in ("step.png", "scaling.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+# --- Targets ----------------------------------------------------------------------------------------------------------
+
+
+def measured(case, **changed):
+    """Rows of a run on a GPU in which every target holds by a little."""
+    bounds = {"resnet34": (1 / 0.79, 15.1), "densenet121": (1 / 0.34, 50.5), "gpt2": (1 / 0.79, 3.1)}
+    adamw, slow = bounds.get(case, (1 / 0.96, 2.8))
+    names = {"AdaBayes": "cuda", "AdaBayes lean": "cuda", "AdaBayes, triton": "triton", "AdaBayes lean, triton": "triton"}
+    row = dict(what="step", case=case, note="", median_s=1.0, percent_of_floor=95.5, launches=2.0, peak_extra_bytes=900_000)
+    others = {contenders.ANCHOR: adamw, "slow path AdaBayes": slow, "slow path AdaBayes, compiled": 1.01}
+    others |= {"torch-optimi AdamW": 1.1, "flashoptim AdamW": 1.1}
+    rows = [row | dict(contender=n, backend=b) for n, b in names.items()]
+    rows += [dict(what="step", case=case, note="", backend="", contender=n, median_s=s) for n, s in others.items()]
+    return [r | changed if r["contender"] == "AdaBayes, triton" else r for r in rows]
+
+
+def missed(rows):
+    return {(t.case, shown, t.what) for t, shown, figure in verdict.judged(rows) if not verdict.holds(t, figure)}
+
+
+def test_the_verdict_names_what_is_missed():
+    good = [row for case in (verdict.LARGE, *verdict.NETWORKS) for row in measured(case)]
+    assert len(list(verdict.judged(good))) == 2 * (1 + 1 + 1 + 3 * 2 + 3 + 1 + 1 + 4 * 2 + 8 * 2 + 4 * 2)
+    assert missed(good) == set()
+    for changed, what in (
+        (dict(percent_of_floor=94.9), "% of a device copy"),
+        (dict(launches=3.0), "kernels and copies a step"),
+        (dict(peak_extra_bytes=1_100_000), "extra MB at the peak"),
+    ):
+        rows = [row for row in good if row["case"] != verdict.LARGE] + measured(verdict.LARGE, **changed)
+        assert missed(rows) == {(verdict.LARGE, "full, triton", what)}
+    rows = [row for row in good if row["case"] != "densenet121"] + measured("densenet121", median_s=1.02)
+    assert missed(rows) == {("densenet121", "full, triton", "/ slow path")}
+    rows = [row for row in good if row["case"] != "gpt2"]
+    assert {case for case, _, _ in missed(rows)} == {"gpt2"}
+    rows = [row for row in good if row["contender"] != "flashoptim AdamW"]
+    assert {what for _, _, what in missed(rows)} == {"/ flashoptim AdamW"}
+
+
+def test_variants_are_compared_with_what_ships():
+    macros = re.findall(r"#define ADABAYES_(\w+) (\d+)", (ROOT / "csrc/multi_tensor.h").read_text())
+    assert {name: int(value) for name, value in macros} == tune.BASE_CUDA
+    source = (ROOT / "adabayes_fused/backends/triton.py").read_text()
+    shipped = {name: re.search(rf'^{name} = "?(\w*)"?', source, re.MULTILINE)[1] for name in ("CHUNK", "BLOCK", "EVICT")}
+    shipped["WARPS"] = re.search(r'"num_warps": (\d+)', source)[1]
+    assert {name: str(value) for name, value in tune.BASE_TRITON.items()} == shipped
+    assert all(options.keys() <= tune.BASE_CUDA.keys() for options in tune.CUDA)
+    assert all(options.keys() <= tune.BASE_TRITON.keys() for options in tune.TRITON)

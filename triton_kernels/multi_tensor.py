@@ -29,8 +29,12 @@ def _pointer(row, word: tl.constexpr, dtype: tl.constexpr, begin, ALIGNED: tl.co
 
 
 @triton.jit
-def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr):
-    return (tl.load(pointer + offsets) if FULL else tl.load(pointer + offsets, mask=offsets < left, other=0.0)).to(dtype)
+def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr = ""):
+    if FULL:
+        value = tl.load(pointer + offsets, eviction_policy=EVICT)
+    else:
+        value = tl.load(pointer + offsets, mask=offsets < left, other=0.0, eviction_policy=EVICT)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -43,9 +47,12 @@ def _chunk(rows, chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, offsets, left, value, FULL: tl.constexpr):
+def _store(pointer, offsets, left, value, FULL: tl.constexpr, EVICT: tl.constexpr):
     value = narrow(value, pointer.dtype.element_ty)
-    tl.store(pointer + offsets, value) if FULL else tl.store(pointer + offsets, value, mask=offsets < left)
+    if FULL:
+        tl.store(pointer + offsets, value, eviction_policy=EVICT)
+    else:
+        tl.store(pointer + offsets, value, mask=offsets < left, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -62,6 +69,7 @@ def _update_chunk(
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVICT: tl.constexpr,
     FULL: tl.constexpr,
 ):
     param_ptr = _pointer(row, 0, PARAM, begin, FULL)
@@ -72,19 +80,19 @@ def _update_chunk(
     ptr3 = _pointer(row, 5, STATE, begin, FULL)
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        grad = _load(grad_ptr, i, left, STATE, FULL)
-        param = _load(param_ptr, i, left, STATE, FULL)
-        slot0 = _load(ptr0, i, left, STATE, FULL)
-        slot1 = _load(ptr1, i, left, STATE, FULL)
-        slot2 = _load(ptr2, i, left, STATE, FULL) if READS > 2 else tl.zeros_like(param)
+        grad = _load(grad_ptr, i, left, STATE, FULL, EVICT)
+        param = _load(param_ptr, i, left, STATE, FULL, EVICT)
+        slot0 = _load(ptr0, i, left, STATE, FULL, EVICT)
+        slot1 = _load(ptr1, i, left, STATE, FULL, EVICT)
+        slot2 = _load(ptr2, i, left, STATE, FULL, EVICT) if READS > 2 else tl.zeros_like(param)
         param, slot0, slot1, slot2, slot3 = RULE(c, grad, param, slot0, slot1, slot2, tl.zeros_like(param))
-        _store(param_ptr, i, left, param, FULL)
-        _store(ptr0, i, left, slot0, FULL)
-        _store(ptr1, i, left, slot1, FULL)
+        _store(param_ptr, i, left, param, FULL, EVICT)
+        _store(ptr0, i, left, slot0, FULL, EVICT)
+        _store(ptr1, i, left, slot1, FULL, EVICT)
         if SLOTS > 2:
-            _store(ptr2, i, left, slot2, FULL)
+            _store(ptr2, i, left, slot2, FULL, EVICT)
         if SLOTS > 3:
-            _store(ptr3, i, left, slot3, FULL)
+            _store(ptr3, i, left, slot3, FULL, EVICT)
 
 
 @triton.jit
@@ -101,6 +109,7 @@ def multi_tensor(
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVICT: tl.constexpr,
     SKIPPABLE: tl.constexpr,
 ):
     """``found_inf``: one float; where SKIPPABLE and it is not zero, nothing changes."""
@@ -120,9 +129,9 @@ def multi_tensor(
     )
     addresses = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 4) | tl.load(row + 5)
     if (left >= CHUNK) & (addresses % 16 == 0):
-        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, True)
+        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, True)
     else:
-        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, False)
+        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, False)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from .table import coefficients_of, upload
 
 CHUNK = 8192  # elements a program updates
 BLOCK = 1024  # elements at a time
+EVICT = ""  # or "evict_first": which data leaves the cache first
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # no contraction: the same bits as the other backends
 
 
@@ -53,6 +54,7 @@ def constants(launch: Launch) -> dict[str, Any]:
         STATE=_named(torch.promote_types(launch.param_dtype, torch.float32)),
         CHUNK=CHUNK,
         BLOCK=BLOCK,
+        EVICT=EVICT,
         SKIPPABLE=launch.found_inf is not None,
     )
 
