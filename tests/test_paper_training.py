@@ -20,6 +20,7 @@ from adabayes_fused import AdaBayes
 from bench.paper import data, networks, optimizers
 from bench.paper import train as training
 from bench.paper.figure3 import figure3, fixed_point
+from bench.paper.jobs import Plan, spread
 from bench.paper.train import Job, Run, WrongRun, on_a_stream, train
 
 for needed in ("sklearn", "pytorch_optimizer"):
@@ -371,6 +372,19 @@ def test_cifar_s_layout_and_resnet_34_to_the_table(tmp_path):
     assert found["protocol"]["train_images"] == 100
     assert found["machine"]["command"].startswith("python -m bench.paper cifar10 --no-appendix --folder")
     assert "noise" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_part_of_the_images_has_all_labels():
+    """Of ten, four: the first of each quarter. Of the digits, each label as often as among all."""
+    assert spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread(3, 9).tolist() == [0, 1, 2]
+    plan = Plan("digits", None, None, 300, "cpu", Path(), {}, [], None, 0)
+    found, everything = plan.load(), data.load("digits")
+    assert found.name == "digits, 300 images"
+    assert (len(found.train_y), len(found.test_y)) == (300, 300)
+    assert (found.train_y.bincount() / 300 - everything.train_y.bincount() / 1438).abs().max() < 0.03
+    for image, label in zip(found.test_x, found.test_y, strict=True):
+        assert ((everything.test_x == image).flatten(1).all(1) & (everything.test_y == label)).any()
 
 
 @pytest.mark.parametrize(

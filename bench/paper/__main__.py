@@ -86,7 +86,7 @@ def add_training(parser: argparse.ArgumentParser, key: str) -> None:
     add("--seeds", nargs="+", type=int, default=seeds, metavar="N", help=f"{' '.join(map(str, seeds))}, if not given")
     add("--epochs", type=int, default=epochs, help=f"{epochs}, if not given")
     add("--drop", type=int, help="epochs after which lr is divided by ten; three quarters of all, if not given")
-    add("--images", type=int, help="of training and of testing at most so many, the first; else all")
+    add("--images", type=int, help="of training and of testing at most so many, evenly spaced; else all")
     add("--no-appendix", action="store_true", help="without Appendix A and B, at the end of AdaBayes's first run")
     add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads; 1, if not given")
     add("--save-every", type=float, default=30, metavar="SECONDS", help="between a run's checkpoints; 30, if not given")

@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     key: str
     folder: Path | None
     name: str | None
-    images: int | None  # of each part at most so many, the first
+    images: int | None  # of each part at most so many
     device: str
     output: Path
     about: dict[str, Any]
@@ -39,12 +39,18 @@ class Plan(NamedTuple):
     def load(self) -> data.Data:
         found = data.load(self.key, self.folder, self.name)
         if self.images is not None:
-            n = self.images
+            train, test = (spread(len(labels), self.images) for labels in (found.train_y, found.test_y))
             found = found._replace(
-                train_x=found.train_x[:n], train_y=found.train_y[:n], test_x=found.test_x[:n], test_y=found.test_y[:n],
-                name=f"{found.name}, first {n:,}",
+                train_x=found.train_x[train], train_y=found.train_y[train], test_x=found.test_x[test], test_y=found.test_y[test],
+                name=f"{found.name}, {self.images:,} images",
             )  # fmt: skip
         return found.to(torch.device(self.device))
+
+
+def spread(n: int, at_most: int) -> torch.Tensor:
+    """Indices of so many of n, evenly spaced: the files may be in the order of their labels."""
+    kept = min(n, at_most)
+    return torch.arange(kept) * n // kept
 
 
 def run_all(plan: Plan, at_once: int, console: Console) -> None:
