@@ -500,7 +500,7 @@ def test_figure_3_draws_points_and_limits(tmp_path):
 
 
 def test_fixed_point_is_eq_20():
-    assert np.allclose(pictures.fixed_point(X, SIGMA_SQ), FIXED, rtol=1e-6)
+    assert np.allclose(reported.eq_20(X, SIGMA_SQ), FIXED, rtol=1e-6)
 
 
 def test_points_far_to_the_right_are_counted(tmp_path):

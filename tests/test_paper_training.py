@@ -19,8 +19,9 @@ from torch.nn.functional import gelu
 from adabayes_fused import AdaBayes
 from bench.paper import data, networks, optimizers
 from bench.paper import train as training
-from bench.paper.figure3 import figure3, fixed_point
+from bench.paper.figure3 import figure3
 from bench.paper.jobs import Plan, spread
+from bench.paper.reported import eq_20
 from bench.paper.train import Job, Run, WrongRun, on_a_stream, train
 
 for needed in ("sklearn", "pytorch_optimizer"):
@@ -302,7 +303,7 @@ def test_figure_3_s_points():
 
 def test_eq_20_s_limits():
     x = torch.tensor([1e-9, 1e3], dtype=torch.float64)
-    assert fixed_point(x, 0.01).tolist() == pytest.approx([1e-9, 0.01], rel=1e-6)
+    assert eq_20(x, 0.01).tolist() == pytest.approx([1e-9, 0.01], rel=1e-6)
 
 
 # --- The command

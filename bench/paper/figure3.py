@@ -8,12 +8,9 @@ import torch
 
 from adabayes_fused import AdaBayes, posterior
 
+from .reported import eq_20
+
 POINTS = 10_000
-
-
-def fixed_point(x: torch.Tensor, sigma_sq: float) -> torch.Tensor:
-    """sigma^2_post where the filter comes to rest (Eq. 20), at x = eta / sqrt(<g^2>), of x's shape."""
-    return 2 * sigma_sq / (1 + (1 + 4 * (sigma_sq / x) ** 2).sqrt())
 
 
 @torch.no_grad()
@@ -31,7 +28,7 @@ def figure3(optimizer: AdaBayes, seed: int) -> dict[str, Any]:
     x, post = torch.cat(found, 1)
     seen = x.isfinite()
     x, post = x[seen], post[seen]
-    ratio = post / fixed_point(x, sigma_sq)
+    ratio = post / eq_20(x, sigma_sq)
     some = torch.randint(max(1, len(x)), (min(POINTS, len(x)),), generator=torch.Generator().manual_seed(seed)).to(x.device)
     on_adams_side = ratio[x < sigma_sq]
     return dict(

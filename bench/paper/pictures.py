@@ -146,11 +146,6 @@ def read_points(run: Mapping[str, Any]) -> dict[str, Any] | None:
     return points if points and points["x"] else None  # a network that diverged has none
 
 
-def fixed_point(x: np.ndarray, sigma_sq: float) -> np.ndarray:
-    """sigma^2_post where the filter comes to rest (Eq. 20), at x = eta / sqrt(<g^2>), of x's shape."""
-    return 2 * sigma_sq / (1 + np.sqrt(1 + 4 * (sigma_sq / x) ** 2))
-
-
 def _points(top: Axes, middle: Axes, group: Group, points: Mapping[str, Any]) -> None:
     """The points with Eq. 20 and its two limits; beneath, their ratio to Eq. 20."""
     x, post, sigma_sq = np.array(points["x"]), np.array(points["post"]), points["sigma_sq"]
@@ -160,11 +155,11 @@ def _points(top: Axes, middle: Axes, group: Group, points: Mapping[str, Any]) ->
     top.scatter(x[shown], post[shown], **dots, label=f"weights ({len(x):,} of {points['weights']:,})")
     top.plot(line, line, color="#0072B2", linestyle=(0, (5, 2)), label=r"Adam limit, $\eta\,/\sqrt{\langle g^2\rangle}$")
     top.axhline(sigma_sq, color="#E69F00", linestyle=(0, (6, 1.5, 1, 1.5)), label=r"SGD limit, $\sigma^2$")
-    top.plot(line, fixed_point(line, sigma_sq), color="#009E73", linewidth=2, label="Eq. 20")
-    low = min(post.min(), fixed_point(line[0], sigma_sq))
+    top.plot(line, reported.eq_20(line, sigma_sq), color="#009E73", linewidth=2, label="Eq. 20")
+    low = min(post.min(), reported.eq_20(line[0], sigma_sq))
     top.set(xscale="log", yscale="log", xlim=line[[0, -1]], ylim=(low / 1.3, 4 * sigma_sq), ylabel=r"$\sigma^2_{post}$",
             title=f"{group.title}, epoch {points['epoch']}: step size of each weight")  # fmt: skip
-    ratio = post / fixed_point(x, sigma_sq)
+    ratio = post / reported.eq_20(x, sigma_sq)
     middle.scatter(x[shown], ratio[shown], **dots)
     middle.axhline(1, color="#009E73", linewidth=2)
     low, high = np.quantile(ratio, [0.001, 0.999])

@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import fixed_point
 
+from .reported import eq_20
+
 
 class Constants(NamedTuple):
     """The paper's section 4; ``memory`` is Ollivier's lambda, and what variational online Newton's average gives the new g^2."""
@@ -70,11 +72,6 @@ def stationary(step: Step, g_sq: np.ndarray, c: Constants) -> np.ndarray:
     return fixed_point(step, 1 / c.sigma_sq + g_sq, args=(g_sq, c), xtol=1e-9)
 
 
-def eq_20(g_sq: np.ndarray, c: Constants) -> np.ndarray:
-    """Eq. 20; AdaBayes-FP's normaliser."""
-    return (1 + np.sqrt(1 + 4 * c.sigma_sq**2 * g_sq / c.eta**2)) / (2 * c.sigma_sq)
-
-
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +82,9 @@ def numbers(c: Constants = PAPERS, eta_g: np.ndarray | None = None) -> dict:
     eta_g = np.geomspace(1e-5, 1e3, 161) if eta_g is None else eta_g
     g_sq, kappa = (eta_g / c.eta) ** 2, c.eta**2 / c.sigma_sq  # where Adam's G / eta is SGD's 1 / sigma^2
     ranges = {"flat": (eta_g[0], kappa / 10), "root mean square": (10 * kappa, 0.1), "mean square": (10, eta_g[-1])}
-    curves = {name: stationary(step, g_sq, c) for name, step in FILTERS.items()} | {EQ_20: eq_20(g_sq, c)}
+    curves = {name: stationary(step, g_sq, c) for name, step in FILTERS.items()} | {
+        EQ_20: 1 / eq_20(c.eta / np.sqrt(g_sq), c.sigma_sq)
+    }
     return {
         **c._asdict(),
         "kappa": kappa,
