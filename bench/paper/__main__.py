@@ -106,7 +106,7 @@ def complete(options: argparse.Namespace, error) -> None:
         error("--device cuda: this torch sees no GPU")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        error(f"not installed: {', '.join(missing)}; pip install 'adabayes_fused[paper]'")
+        error(f"not installed: {', '.join(missing)}; pip install -e '.[paper]'")
     options.drop = options.drop or max(1, options.epochs * 3 // 4)
     options.output = options.output or RUNS / f"paper-{options.command}-{options.network}"
 
