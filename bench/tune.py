@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def build(options: dict, folder: Path, arch: str) -> tuple[Path, str]:
 
 def cuda_variants(folder: Path, arch: str, some: list[dict]) -> Iterator[tuple[Variant, dict]]:
     full = [BASE_CUDA | options for options in some]
-    with ThreadPoolExecutor(kernels.os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for options, (library, said) in zip(full, pool.map(lambda o: build(o, folder, arch), full), strict=True):
             pattern = r"updateI8AdaBayesffLb1E.*?(\d+) bytes spill stores.*?Used (\d+) registers"
             found = re.search(pattern, said, re.DOTALL)
@@ -143,7 +144,7 @@ class Bench:
     """The cases, full and lean, whose steps are timed with whatever is installed."""
 
     def __init__(self, device: str, cases: list[str]) -> None:
-        self.device, self.steps, self.start = device, {}, None
+        self.device, self.steps = device, {}
         for case in cases:
             _, shapes, dtype, _ = case_of(case)
             params = random_parameters(shapes, device, dtype)
@@ -253,17 +254,21 @@ def measure(bench: Bench, runs: dict[str, Variant], rows: list[dict], options: a
                     row.setdefault("rounds", []).append([dict(copy_gb_per_s=copy), *bench.rows(variant, copy)])
             (options.output / "tune.json").write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
         print(f"round {done + 1} of {options.rounds}", flush=True)
-    for k, (case, lean) in enumerate(bench.steps, start=1):
-        print(f"\n{case}, {'lean' if lean else 'full'}")
-        timed = [row for row in rows if row.get("rounds")]
+    show(rows, [f"{case}, {'lean' if lean else 'full'}" for case, lean in bench.steps])
+
+
+def show(rows: list[dict], cases: list[str]) -> None:
+    """Adds each row's medians over the rounds, and prints them, the fastest first."""
+    timed = [row for row in rows if row.get("rounds")]
+    for k, case in enumerate(cases, start=1):
         for row in timed:
-            row.setdefault("medians", {})[f"{case}, {'lean' if lean else 'full'}"] = {
+            row.setdefault("medians", {})[case] = {
                 key: float(np.median([found[k][key] for found in row["rounds"]]))
                 for key in ("seconds", "gb_per_s", "percent_of_copy")
             }
-        where = f"{case}, {'lean' if lean else 'full'}"
-        for row in sorted(timed, key=lambda row: row["medians"][where]["seconds"]):
-            m = row["medians"][where]
+        print(f"\n{case}")
+        for row in sorted(timed, key=lambda row: row["medians"][case]["seconds"]):
+            m = row["medians"][case]
             print(f"  {1e3 * m['seconds']:9.4f} ms {m['gb_per_s']:7.0f} GB/s {m['percent_of_copy']:6.1f} %  {row['variant']}")
     for row in rows:
         if row["wrong"]:

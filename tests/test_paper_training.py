@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import gelu
 
 from adabayes_fused import AdaBayes
-from bench.paper import data, networks, optimizers
+from bench.paper import data, networks, optimizers, reported
 from bench.paper import train as training
 from bench.paper.figure3 import figure3
 from bench.paper.jobs import Plan, spread
@@ -74,7 +74,7 @@ def test_the_library_s_adabound_is_its_paper_s(name):
     scale, lrs = np.geomspace(1, 1e-3, steps), [1e-3] * 40 + [1e-4] * 20  # so that AMSBound's maximum matters
     columns = rng.normal(size=(steps, 8)) * scale[:, None] * np.geomspace(1e-3, 10, 8)
     p = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))
-    options = optimizers.options_of(name, "resnet34", optimizers.PAPER_STEPS // 100, 128)
+    options = optimizers.options_of(name, "resnet34", reported.STEPS // 100, 128)
     optimizer = optimizers.make(name, [p], options)
     for lr, grads in zip(lrs, columns, strict=True):
         optimizer.param_groups[0]["lr"] = lr

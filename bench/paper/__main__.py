@@ -118,7 +118,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
             bfloat16=options.device == "cuda" and not options.float32, graphs=not options.eager)
         for seed in dict.fromkeys(options.seeds) for name in names
     ]  # fmt: skip
-    bayes = next((job for job in jobs if job.optimizer == "AdaBayes" and not options.no_appendix), None)
+    bayes = next((job for job in jobs if job.optimizer == runs.OURS and not options.no_appendix), None)
     return Plan(
         key=options.command,
         folder=getattr(options, "folder", None),

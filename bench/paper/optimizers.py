@@ -10,9 +10,10 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from adabayes_fused import AdaBayes, AdaBayesFP, reference
 
+from .reported import STEPS
+
 L2 = 5e-4  # of the first six, added to the gradient
 DECOUPLED = 0.05  # times lr = 1e-3: lambda = 5e-5 a step
-PAPER_STEPS = 200 * 391
 
 
 class Recipe(NamedTuple):
@@ -69,7 +70,7 @@ def options_of(name: str, network: str, steps: int, batch_size: int) -> dict[str
     if name in ("Adam", "AMSGrad") and network != "densenet121":
         options["betas"] = (0.99, 0.999)
     if "gamma" in options:
-        options["gamma"] *= PAPER_STEPS / steps
+        options["gamma"] *= STEPS / steps
     if "batch_size" in options:
         options["batch_size"] = batch_size
     return options

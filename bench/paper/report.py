@@ -35,7 +35,7 @@ def protocol(group: Group) -> str:
     theirs = dict(reported.PROTOCOL, data=reported.DATA[group.paper[0]], title=reported.NETWORKS[group.paper[1]])
     ours = p | {key: group.first[key] for key in ("data", "title")}
     names = {"drop": "drop after epoch", "train_images": "training images", "title": "network"}
-    bounded = {"AdaBound", "AMSBound"} & group.complete.keys() and p["epochs"] * p["steps_per_epoch"] != 200 * 391
+    bounded = {"AdaBound", "AMSBound"} & group.complete.keys() and p["epochs"] * p["steps_per_epoch"] != reported.STEPS
     changed = [
         f"{names.get(key, key).replace('_', ' ')} {_plain(ours[key])} ({_plain(value)})"
         for key, value in theirs.items()
@@ -58,9 +58,9 @@ def notes(group: Group) -> list[str]:
         "sd: between seeds, what another training changes (- with one seed). Binomial: sqrt(p (1 - p) / n) over n test images, "
         "what another draw of test images changes. It is the same for one run and for the mean over seeds, as all seeds saw the "
         "same images, and holds nothing of what another training changes.",
-        "The paper's text leaves three things open, which its authors' code settles otherwise than the rows AdaBayes and "
-        "AdaBayes-FP do: the exact transition instead of Eq. 16b, a posterior variance that is not rescaled where the learning "
-        "rate drops, and for AdaBayes-FP a decay that does not fall with it. The variants take these choices. "
+        "In three things the authors' code differs from the rows AdaBayes and AdaBayes-FP: it has the exact transition instead "
+        "of Eq. 16b, a posterior variance that is not rescaled where the learning rate drops, and for AdaBayes-FP a decay that "
+        "does not fall with it. The variants take these choices. "
         "And the paper dampens its averages: eta_SGD = 0.1 moves a weight a tenth as far as the row SGD does, whose lr is 0.1 "
         "without; with sgd_lr=1 it goes as far.",
         _note_on_differences(*(comparison(group, measure).pooled for measure in (ERROR, LOSS))),

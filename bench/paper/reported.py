@@ -20,6 +20,7 @@ PROTOCOL = {
     "precision": "float32",
     "width": 1.0,
 }
+STEPS = 200 * 391  # of a run; AdaBound's gamma is meant for so many
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 NETWORKS = {"resnet34": "ResNet-34", "densenet121": "DenseNet-121"}
 
