@@ -84,7 +84,7 @@ def square_sum(optimizer: _FusedOptimizer, launches: list[Launch]) -> Tensor:
     beyond a norm of 1e154."""
     spread: dict[tuple[Any, ...], list[Tensor]] = {}
     for launch in launches:
-        spread.setdefault(launch.groups, []).append(backends.of(optimizer.backend, launch.device).sum_of_squares(launch))
+        spread.setdefault(launch.groups, []).append(backends.BACKENDS[launch.backend].sum_of_squares(launch))
     return total(summed({groups: total(parts) for groups, parts in spread.items()}))
 
 

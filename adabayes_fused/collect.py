@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from . import backends, clipping
 from .backends import native
-from .backends.launch import WORDS, Launch
+from .backends.launch import COEFFICIENTS, Launch
 from .clipping import Scaling
 from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
+from .plain import watched
 from .scalars import on, scalars, tensor_options, wide
 from .sharding import groups_of, spec_of, summed
+from .signals import held_back
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
@@ -39,6 +42,8 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
     if clipping.reads_gradients_first(optimizer):
         clipping.check_whole(optimizer)
     created: list[Tensor] = []
+    if watched():  # by what must see each operation, and may have given the tensors no values
+        scaling = scaling._replace(on_device=True)
     batch = None if scaling.on_device else optimizer._reader()
     run = None
     try:
@@ -64,7 +69,7 @@ def _collect(
         if batch is not None:
             batch.clear()
         return lambda: None
-    by_tensor = [p for p in prepared if batch is None or not _add(optimizer, batch, p)]
+    by_tensor = [p for p in prepared if batch is None or not _add(batch, p)]
     launches = [] if batch is None else _launches_of_rows(optimizer, batch)
     launches += _launches_of_tensors(optimizer, by_tensor, scaling.on_device)
     reads_first = clipping.reads_gradients_first(optimizer)
@@ -79,24 +84,32 @@ def _collect(
     _set_coefficients(optimizer, launches, factor)
     for launch in launches:
         launch.found_inf = on(launch.device, found_inf, torch.float32)
-    runs = [backends.of(optimizer.backend, launch.device).prepare(launch) for launch in launches]
+    updates = _updates(launches, prepared)
+    at_once = len(updates) == 1 and launches[0].backend == "cpp"  # changes everything in one call, which no signal interrupts
 
     def run() -> None:
         try:
-            optimizer._counted_on_device = scaling.on_device
-            optimizer._count_skipped(found_inf)
-            if batch is not None:
-                batch.count_step()
-            _count(by_tensor, found_inf)
-            for launch in runs:
-                launch()
-            for p in prepared:
-                p.write_back()
+            with nullcontext() if at_once else held_back():
+                for update in updates:
+                    update()
+                optimizer._counted_on_device = scaling.on_device and not watched()
+                optimizer._count_skipped(found_inf)
         finally:
             if batch is not None:
                 batch.release()
 
     return run
+
+
+def _updates(launches: list[Launch], prepared: list[Prepared]) -> list[Callable[[], None]]:
+    """What each backend does of the step, once all of it can be done."""
+    updates = []
+    for name in dict.fromkeys(launch.backend for launch in launches):
+        its = [launch for launch in launches if launch.backend == name]
+        devices = {launch.device for launch in its}
+        copies = [p.copied for p in prepared if p.copied is not None and p.backend == name and p.copied[0].device in devices]
+        updates.append(backends.BACKENDS[name].prepare(its, copies))
+    return updates
 
 
 def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], created: list[Tensor]) -> bool:
@@ -106,7 +119,7 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     lrs = [group["lr"] for group in optimizer.param_groups]
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
         return False
-    if len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if watched() or len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
     # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
     nonzero: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -115,7 +128,9 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     return not any(summed({groups: clipping.total(found) for groups, found in nonzero.items()}))
 
 
-def _add(optimizer: _FusedOptimizer, batch: Any, p: Prepared) -> bool:
+def _add(batch: Any, p: Prepared) -> bool:
+    if p.backend not in backends.READ_TABLES:
+        return False
     taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group, spec_of(p.param))
     return taken
 
@@ -133,10 +148,9 @@ def _unread(optimizer: _FusedOptimizer) -> list[Item]:
 
 def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     """Fills ``batch``; returns the parameters it leaves to Python."""
-    look = optimizer._state_asked_for or _references(optimizer) > _REFERENCES_OF_ONE
+    held = _references(optimizer) > _REFERENCES_OF_ONE
     # A norm sums what is spread over processes apart from what each has whole.
-    batch.begin(optimizer._slabs.all, look, clipping.reads_gradients_first(optimizer))
-    optimizer._state_asked_for = False
+    batch.begin(optimizer._slabs.all, optimizer._state_asked_for, held, clipping.reads_gradients_first(optimizer))
     state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
 
@@ -144,7 +158,7 @@ def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
 def _read_given(optimizer: _FusedOptimizer, batch: Any, given: list[Item]) -> list[Item]:
     """Fills ``batch`` with these; returns those it leaves to Python."""
     names = optimizer.algorithm.stored(optimizer.lean)
-    batch.begin([], True, clipping.reads_gradients_first(optimizer))
+    batch.begin(optimizer._slabs.all, optimizer._state_asked_for, True, clipping.reads_gradients_first(optimizer))
 
     def taken(item: Item) -> bool:
         if any(name not in item.state for name in ("step", *names)):
@@ -170,7 +184,7 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
     optimizer._slabs.forget_unused(entry.get(name) for entry in entries for name in ("step", *names))
     for item in items:
         check_item(item, names)
-        backends.choose(optimizer.backend, item.param.device)
+        backends.choose(optimizer.backend, item.param.device)  # raises where there is none
     if on_device and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         _check_capture(optimizer, items)
     prepared = []
@@ -180,7 +194,7 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
             state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device, optimizer._slabs)
             created.append(p)
             item = item._replace(state=state[p])
-        prepared.append(prepare(item, names, step_device))
+        prepared.append(prepare(item, names, step_device, backends.choose(optimizer.backend, p.device)))
     return prepared
 
 
@@ -206,7 +220,8 @@ def _launches_of_rows(optimizer: _FusedOptimizer, batch: Any) -> list[Launch]:
         Launch(
             optimizer.algorithm,
             optimizer.lean,
-            torch.device("cpu") if device_type == native.DLPACK_CPU else torch.device("cuda", index),
+            backends.choose(optimizer.backend, device),
+            device,
             DTYPES[param_dtype],
             DTYPES[grad_dtype],
             keys,
@@ -215,6 +230,7 @@ def _launches_of_rows(optimizer: _FusedOptimizer, batch: Any) -> list[Launch]:
             groups=groups_of(spec),
         )
         for device_type, index, param_dtype, grad_dtype, address, count, spec in batch.buckets()
+        for device in (torch.device("cpu") if device_type == native.DLPACK_CPU else torch.device("cuda", index),)
     ]
 
 
@@ -223,9 +239,9 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
     for p in prepared:
         param, grad = p.tensors[:2]
         groups = groups_of(spec_of(p.param)) if clipping.reads_gradients_first(optimizer) else ()
-        buckets.setdefault((param.device, param.dtype, grad.dtype, groups), []).append(p)
+        buckets.setdefault((p.backend, param.device, param.dtype, grad.dtype, groups), []).append(p)
     launches = []
-    for (device, param_dtype, grad_dtype, groups), members in buckets.items():
+    for (backend, device, param_dtype, grad_dtype, groups), members in buckets.items():
         keys: dict[tuple[int, Any], int] = {}
         # On the device a parameter's count is not known, so each has a key, the tensor, of its own.
         which = [keys.setdefault((p.group, p.step if on_device else float(p.step) + 1), len(keys)) for p in members]
@@ -233,11 +249,13 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
             Launch(
                 optimizer.algorithm,
                 optimizer.lean,
+                backend,
                 device,
                 param_dtype,
                 grad_dtype,
                 list(keys),
                 tensors=[p.tensors for p in members],
+                steps=[p.step for p in members],
                 which=which,
                 groups=groups,
                 kept_alive=optimizer._kept_alive,
@@ -272,7 +290,7 @@ def _device_coefficients(
     waited for."""
     dtype = wide(device)
     steps = torch.stack([step for _, step in keys]).to(dtype) + 1
-    rows = torch.empty(len(keys), WORDS, dtype=dtype, device=device)
+    rows = torch.empty(len(keys), COEFFICIENTS, dtype=dtype, device=device)
     for g in dict.fromkeys(g for g, _ in keys):
         at = [i for i, key in enumerate(keys) if key[0] == g]
         group = scalars(optimizer.param_groups[g], lambda t: on(device, t, dtype))
@@ -281,9 +299,3 @@ def _device_coefficients(
             rows[start:stop, column] = value
     return rows
 
-
-def _count(prepared: list[Prepared], found_inf: Any) -> None:
-    """Raises the step counts by one, but for steps that ``found_inf`` skips."""
-    for device in dict.fromkeys(p.step.device for p in prepared):
-        steps = [p.step for p in prepared if p.step.device == device]
-        torch._foreach_add_(steps, 1 if found_inf is None else (on(device, found_inf, torch.float32) == 0).float())

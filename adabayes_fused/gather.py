@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .algorithms import Algorithm
+from .plain import is_plain, watched
 from .sharding import is_sharded, like, local, placed_like
 from .slabs import Slabs
 
@@ -34,17 +35,14 @@ class Item(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """One parameter as the kernels take it. ``copy`` is the dense stand-in for a parameter with gaps, else None."""
+    """One parameter as the kernels take it. ``copied``: a parameter with gaps, and the dense tensor updated in its place."""
 
     param: Tensor
     tensors: list[Tensor]  # param, grad, *slots: real, dense, alike in layout
     step: Tensor
     group: int
-    copy: Tensor | None
-
-    def write_back(self) -> None:
-        if self.copy is not None:
-            local(self.param).detach().copy_(self.copy)
+    backend: str
+    copied: tuple[Tensor, Tensor] | None
 
 
 def check_item(item: Item, names: tuple[str, ...]) -> None:
@@ -56,6 +54,8 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
             "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
     for t in (p, grad):
+        if is_plain(local(t)) and t.numel() and not local(t).data_ptr() and local(t).numel():
+            raise RuntimeError(f"{where} or its gradient has no memory: its storage has been freed; give it memory before the step")
         if is_traceable_wrapper_subclass(t) and not (is_sharded(t) and is_sharded(p)):
             raise TypeError(
                 f"{where} or its gradient is a {type(t).__name__}, a tensor made of others (allowed: plain tensors, and DTensors "
@@ -66,7 +66,9 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
         raise TypeError(f"{where} is of {p.dtype} (allowed: {', '.join(map(str, DTYPES))}, and complex)")
     if p.is_complex() != grad.is_complex() or not (grad.is_complex() or grad.is_floating_point()):
         raise TypeError(f"{where} is of {p.dtype} and its gradient of {grad.dtype} (allowed: both floating, or both complex)")
-    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+    if p.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{where} was made in inference mode, whose tensors may not be changed outside it; clone it outside")
+    if p.numel() and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise RuntimeError(f"{where} is an expanded view, whose elements share memory; optimize the tensor it is a view of")
     for name, t in {"its gradient": grad, **{name: state[name] for name in names if name in state}}.items():
         if t.shape != p.shape and t.shape != local(p).shape:
@@ -83,12 +85,16 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 
 def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
-    """A state tensor for the part of ``p`` that is here; laid out as that is where it has no gaps."""
+    """A state tensor for the part of ``p`` that is here, on its device; laid out as that is where it has no gaps. Whatever mode
+    it is made in, it may be used in every other."""
     part, slot = local(p).detach(), None
-    if _dense(part) and not is_sharded(p):  # DTensors in one storage break torch.distributed.checkpoint.async_save
-        slot = slabs.empty(part.shape, part.stride(), state_dtype(part), part.device)
-    if slot is None:
-        slot = torch.empty_like(part, dtype=state_dtype(part), memory_format=torch.preserve_format, requires_grad=False)
+    with torch.inference_mode(False):
+        if is_traceable_wrapper_subclass(part):
+            return torch.empty(part.shape, dtype=state_dtype(part), device=part.device)
+        if is_plain(part) and _dense(part) and not is_sharded(p):  # slabs of DTensors break torch.distributed.checkpoint.async_save
+            slot = slabs.empty(part.shape, part.stride(), state_dtype(part), part.device)
+        if slot is None:
+            slot = torch.empty_like(part, dtype=state_dtype(part), memory_format=torch.preserve_format, requires_grad=False)
     return slot
 
 
@@ -101,8 +107,10 @@ def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
 
 def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
     """A step count of its own: a 0-dim float32 tensor."""
-    step = slabs.empty((), (), torch.float32, device)
-    assert step is not None  # small as it is
+    with torch.inference_mode(False):
+        step = slabs.empty((), (), torch.float32, device)
+        if step is None:
+            step = torch.empty((), dtype=torch.float32, device=device)
     return step.copy_(step_tensor(value, device))
 
 
@@ -118,17 +126,21 @@ def as_real(t: Tensor) -> Tensor:
 
 def _dense(p: Tensor) -> bool:
     """One element after the other in memory, and the memory holds the values themselves."""
-    dense = p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
+    dense = not p.numel() or p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
     return dense and not p.is_conj() and not p.is_neg()
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
+    """Whether the two have their elements in the same places: strides count where a dimension has a second element."""
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
 
 
 def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` itself if it has ``template``'s layout and device, and ``dtype``; else a copy that has."""
-    if t.dtype == dtype and t.device == template.device and _same_layout(template, t):
+    usable = torch.is_inference_mode_enabled() or not t.is_inference()
+    if t.dtype == dtype and t.device == template.device and usable and _same_layout(template, t) and _dense(t):
         return t
     return torch.empty_like(template, dtype=dtype).copy_(t)
 
@@ -147,17 +159,18 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
     return known.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu").reshape(())
 
 
-def prepare(item: Item, names: tuple[str, ...], step_device: torch.device) -> Prepared:
+def prepare(item: Item, names: tuple[str, ...], step_device: torch.device, backend: str) -> Prepared:
     """An item as plain tensors; state of another dtype, device or layout is replaced by its equal in ours. The gradient is
-    never written."""
+    never written. ``backend`` updates it, unless its tensors are none that a kernel may be given the address of."""
     state = item.state
     param = local(item.param).detach()
     grad = local(placed_like(item.param, item.grad)).detach().resolve_conj().resolve_neg()
     if not grad.is_complex() and grad.dtype not in DTYPES:
         grad = grad.to(torch.float32)  # float8 and the like
-    copy = None
+    copied = None
     if not _dense(param):
-        param = copy = torch.empty_like(param).copy_(param)
+        copied = param, torch.empty_like(param).copy_(param)
+        param = copied[1]
     state["step"] = step_tensor(state["step"], step_device)
     for name in names:
         placed = placed_like(item.param, state[name])
@@ -165,4 +178,7 @@ def prepare(item: Item, names: tuple[str, ...], step_device: torch.device) -> Pr
         if placed is not state[name] or slot is not local(placed):
             state[name] = like(item.param, slot)
     tensors = [param, laid_out_like(param, grad, grad.dtype), *(local(state[name]) for name in names)]
-    return Prepared(item.param, [as_real(t) for t in tensors], state["step"], item.group, copy)
+    tensors = [as_real(t) for t in tensors]
+    if backend != "foreach" and (watched() or not all(map(is_plain, tensors))):
+        backend = "foreach"
+    return Prepared(item.param, tensors, state["step"], item.group, backend, copied)

@@ -153,13 +153,13 @@ class _FusedOptimizer(Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """Each parameter's state: ``step`` and the slots. Whoever asks may change it: the next step looks at all of it."""
-        self._state_asked_for = True
+        self._state_asked_for += 1
         kept: defaultdict[Tensor, Any] = vars(self)["state"]
         return kept
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._state_asked_for = True
+        self._state_asked_for = getattr(self, "_state_asked_for", 0) + 1
         vars(self)["state"] = state
 
     # --- The step -----------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class _FusedOptimizer(Optimizer):
         self._kept_reader = None
         self._released = None
         self._slabs = Slabs()
-        self._state_asked_for = True
+        self._state_asked_for = 0  # times
         self._kept_alive: list[Tensor] = []
         self._counted_on_device = False
         self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")

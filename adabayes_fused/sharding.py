@@ -38,11 +38,15 @@ def whole(t: Tensor) -> Tensor:
 
 
 def like(p: Tensor, part: Tensor) -> Tensor:
-    """``part``, shaped like the local part of ``p``, as what ``p`` is: a DTensor of the same mesh and placements."""
+    """``part``, shaped like the local part of ``p``, as what ``p`` is: a DTensor of the same mesh and placements. It stays where it
+    is: FSDP2's CPU offloading keeps parts on the CPU while the mesh is one of GPUs, where ``DTensor.from_local`` would move it."""
     if not is_sharded(p):
         return part
-    spec, shape = spec_of(p), dict(shape=p.shape, stride=p.stride())
-    sharded: Tensor = dtensor_type().from_local(part, spec.mesh, spec.placements, run_check=False, **shape)
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = spec_of(p)
+    meta = TensorMeta(p.shape, p.stride(), part.dtype)
+    sharded: Tensor = dtensor_type()(part, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)
     return sharded
 
 

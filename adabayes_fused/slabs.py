@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain import watched
+
 SLAB = 1 << 12  # bytes: a page. Whoever pickles or copies one tensor of a slab takes all of it along, so not more.
 ALIGNMENT = 64  # bytes: a cache line and the widest vector. Step counts lie closer.
 
@@ -26,9 +28,9 @@ class Slabs:
         self._sweep_at = 64
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """A tensor in a slab; None if it is too large, or empty. The strides must leave no gaps."""
+        """A tensor in a slab; None if it is too large, or empty, or where kernels do not go. The strides must leave no gaps."""
         numel = math.prod(shape)
-        if not 0 < numel * dtype.itemsize <= SLAB:
+        if not 0 < numel * dtype.itemsize <= SLAB or device.type not in ("cpu", "cuda") or watched():
             return None
         align = ALIGNMENT // dtype.itemsize if shape else 1
         slab, taken = self._open.get((dtype, device, align), (None, 0))

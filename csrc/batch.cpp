@@ -3,6 +3,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 namespace {
 
@@ -27,6 +28,7 @@ int64_t numel_of(const dlpack::Tensor& t) {
 int64_t address_of(const dlpack::Tensor& t) { return reinterpret_cast<int64_t>(t.data) + int64_t(t.byte_offset); }
 
 bool contiguous(const dlpack::Tensor& t) {
+  if (numel_of(t) == 0) return true;
   int64_t expected = 1;
   for (int d = t.ndim - 1; d >= 0; --d) {
     if (t.shape[d] != 1 && t.strides[d] != expected) return false;
@@ -51,10 +53,12 @@ bool dense(const dlpack::Tensor& t) {
   return true;
 }
 
+// On one device, of one shape, and laid out alike: strides count where a dimension has a second element.
 bool same_place(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   if (a.device_type != b.device_type || a.device_id != b.device_id || a.ndim != b.ndim) return false;
+  const bool empty = numel_of(a) == 0;
   for (int d = 0; d < a.ndim; ++d)
-    if (a.shape[d] != b.shape[d] || (a.shape[d] != 1 && a.strides[d] != b.strides[d])) return false;
+    if (a.shape[d] != b.shape[d] || (!empty && a.shape[d] != 1 && a.strides[d] != b.strides[d])) return false;
   return true;
 }
 
@@ -74,15 +78,6 @@ PyObject* entry_of(PyObject* state, PyObject* tensor) {
   return entry;
 }
 
-// param.grad, by the getter that torch gave its tensors, without looking it up each time.
-PyObject* grad_of(PyObject* param) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
-  static PyObject* const found = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), name);
-  if (!found || Py_TYPE(found) != &PyGetSetDescr_Type || !PyType_IsSubtype(Py_TYPE(param), PyDescr_TYPE(found))) return PyObject_GetAttr(param, name);
-  const PyGetSetDef* getter = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
-  return getter->get(param, getter->closure);
-}
-
 // Of two DTensors' specs, whether they are the same placements on a mesh of the same processes, or, if `one_mesh`, on one mesh:
 // others of the same processes may have process groups of their own.
 bool same_placement(py::handle a, py::handle b, bool one_mesh) {
@@ -97,25 +92,15 @@ py::object spec_of(PyObject* dtensor) {
   return py::handle(dtensor).attr(spec);
 }
 
-// torch's lazy negation, which no description of the memory shows. It comes as the imaginary part of a lazy conjugate, whose
-// elements lie two apart: dense only where there is one of them.
-bool is_negated_view(PyObject* tensor, const dlpack::Tensor& described) {
-  if (numel_of(described) != 1) return false;
-  static PyObject* const is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "is_neg");
-  PyObject* answer = PyObject_CallOneArg(is_neg, tensor);
-  if (!answer) throw py::error_already_set();
-  Py_DECREF(answer);
-  return answer == Py_True;
-}
-
 }  // namespace
 
-Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types)
+Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types, PlainTensors plain)
     : slots_(slots),
       parameter_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[0]).ptr())),
       tensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[1]).ptr())),
       dtensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[2]).ptr())),
-      api_(nullptr) {
+      api_(nullptr),
+      plain_(std::move(plain)) {
   const auto* found = static_cast<const dlpack::Api*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (!found) throw py::error_already_set();
   while (found && found->major > 1) found = found->older;
@@ -127,22 +112,32 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
 
 void Batch::clear() {
   reset();
-  slabs_.clear();
+  ++date_;
 }
 
 void Batch::reset() {
   for (Launch& launch : launches_) launch.rows.clear();
   position_ = looked_at_ = 0;
   specs_.clear();
-  counts_.clear(), keys_.clear(), key_index_.clear(), grads_.clear();
+  keys_.clear(), key_index_.clear(), grads_.clear();
 }
 
+// False for what is not plain, or has elements and no memory: Python's path takes it, or says what is wrong with it.
 bool Batch::describe(PyObject* object, dlpack::Tensor& out) const {
   const PyTypeObject* type = Py_TYPE(object);
-  if (type != tensor_type_ && type != parameter_type_) return false;
-  if (api_->tensor_from_object(object, &out) == 0) return true;
-  PyErr_Clear();  // sparse, meta and the like: Python's path says what is wrong with them
+  if ((type != tensor_type_ && type != parameter_type_) || !plain_.contains(object)) return false;
+  if (api_->tensor_from_object(object, &out) == 0) return out.data || numel_of(out) == 0;
+  PyErr_Clear();
   return false;
+}
+
+// param.grad. Of torch's own types by torch's own getter, without looking it up each time; others may have one of their own.
+py::object Batch::grad_of(PyObject* param) const {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  const bool torchs = Py_TYPE(param) == parameter_type_ || Py_TYPE(param) == tensor_type_;
+  const auto grad = py::reinterpret_steal<py::object>(grad_ && torchs ? grad_->get(param, grad_->closure) : PyObject_GetAttr(param, name));
+  if (!grad) throw py::error_already_set();
+  return grad;
 }
 
 // The part of `tensor` that is in this process: itself, or a DTensor's local tensor, null where it is placed otherwise than
@@ -179,21 +174,31 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, spec, {}});
 }
 
-void Batch::begin(py::list slabs, bool look, bool apart) {
+void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
   reset();
   apart_ = apart;
-  const size_t n = PyList_GET_SIZE(slabs.ptr());
-  look_ = look || n != slabs_.size();
-  slabs_.resize(n);
-  for (size_t k = 0; k < n; ++k) {
+  // Both types share the getter unless somebody has given Parameter one of its own.
+  const py::handle parameter(reinterpret_cast<PyObject*>(const_cast<PyTypeObject*>(parameter_type_)));
+  const py::handle tensor(reinterpret_cast<PyObject*>(const_cast<PyTypeObject*>(tensor_type_)));
+  const py::object found = parameter.attr("grad");
+  const bool shared = found.is(tensor.attr("grad")) && Py_TYPE(found.ptr()) == &PyGetSetDescr_Type;
+  grad_ = shared ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset : nullptr;
+
+  bool look = held || asked != asked_ || slabs.size() != slabs_.size();
+  slabs_.resize(slabs.size());
+  for (size_t k = 0; k < slabs_.size(); ++k) {
     dlpack::Tensor t;
-    if (!describe(PyList_GET_ITEM(slabs.ptr(), k), t)) throw std::invalid_argument("a slab must be a plain tensor");
-    const std::pair<int64_t, int64_t> range{address_of(t), address_of(t) + numel_of(t) * t.type_bits / 8};
-    look_ |= range != slabs_[k];
-    slabs_[k] = range;
+    PyObject* slab = PyList_GET_ITEM(slabs.ptr(), k);
+    if (!describe(slab, t)) throw std::invalid_argument("a slab must be a plain tensor");
+    const int64_t begin = address_of(t), end = begin + numel_of(t) * t.type_bits / 8;
+    look |= slabs_[k].tensor.ptr() != slab || begin != slabs_[k].begin || end != slabs_[k].end;
+    slabs_[k] = {py::reinterpret_borrow<py::object>(slab), begin, end};
   }
-  if (!look_) return;
-  sorted_slabs_ = slabs_;
+  asked_ = asked;
+  if (!look) return;
+  ++date_;
+  sorted_slabs_.clear();
+  for (const Slab& slab : slabs_) sorted_slabs_.push_back({slab.begin, slab.end});
   std::sort(sorted_slabs_.begin(), sorted_slabs_.end());
 }
 
@@ -211,11 +216,12 @@ bool Batch::find(PyObject* state, PyObject* param, State& out) const {
   return true;
 }
 
-// Notes where the state lies, and whether it is ours; false if it is not as a kernel takes it.
+// Notes where the state lies, and dates that if it is ours; false if it is not as a kernel takes it.
 bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType dtype, const State& state) const {
   const DType state_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
   bool ours = state.entry && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
   dlpack::Tensor s;
+  kept.date = 0;
   for (size_t k = 0; k < slots_.size(); ++k) {
     ours = ours && Py_REFCNT(state.slots[k]) == 1;  // before `slot` is one more
     const py::object slot = part_of(state.slots[k], param);
@@ -225,8 +231,8 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
   }
   if (!describe(state.step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
   kept.step = reinterpret_cast<float*>(address_of(s));
-  kept.ours = ours && in_slab(address_of(s));
-  if (!kept.ours) return true;
+  if (!ours || !in_slab(address_of(s))) return true;
+  kept.date = date_;
   kept.place.ndim = p.ndim, kept.place.device_type = p.device_type, kept.place.device_id = p.device_id, kept.place.dtype = dtype;
   std::copy_n(p.shape, p.ndim, kept.place.shape), std::copy_n(p.strides, p.ndim, kept.place.strides);
   return true;
@@ -241,22 +247,17 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::obj
   if (!part || !grad_part || !describe(part.ptr(), p) || !describe(grad_part.ptr(), g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !same_place(p, g) || is_negated_view(grad_part.ptr(), g) || is_negated_view(part.ptr(), p)) return false;
-  const bool known = kept.ours && !look_ && kept.param == param && is_at(kept.place, p, *param_dtype);
+  if (!param_dtype || !grad_dtype || !same_place(p, g)) return false;
+  const bool known = kept.date == date_ && kept.param == param && is_at(kept.place, p, *param_dtype);
   State state;
   if (!known && (!dense(p) || !find_state(state) || !look_at(kept, param, p, *param_dtype, state))) return false;
   looked_at_ += !known;
-  Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1)};
+  Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1), reinterpret_cast<int64_t>(kept.step)};
   std::copy_n(kept.slot, kMaxSlots, row.slot);
   if (apart_ && Py_TYPE(param) == dtensor_type_) spec = spec_of(param);
   launch_for(p, *param_dtype, *grad_dtype, index_of(spec)).rows.push_back(row);
-  counts_.push_back({kept.step, *kept.step + 1});
   grads_.push_back(py::reinterpret_borrow<py::object>(grad));
-  if (kept.param == param) return true;
-  dlpack::Managed* held = nullptr;
-  if (p.device_type == dlpack::kCPU && part.ptr() == param && api_->managed_from_object(param, &held) != 0) PyErr_Clear();
-  kept.held.reset(held);
-  kept.param = param;  // alive where `ours` is: it is a key of the state then
+  kept.param = param;
   return true;
 }
 
@@ -270,17 +271,18 @@ bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle st
   });
 }
 
-py::list Batch::read(py::list params, py::dict state, int group) {
+py::list Batch::read(py::object params, py::dict state, int group) {
+  const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "a group's params must be a sequence"));
+  if (!sequence) throw py::error_already_set();
+  const size_t n = PySequence_Fast_GET_SIZE(sequence.ptr());
+  if (kept_.size() < position_ + n) kept_.resize(position_ + n);
   py::list left;
-  kept_.resize(std::max(kept_.size(), position_ + PyList_GET_SIZE(params.ptr())));
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+  for (size_t i = 0; i < n; ++i) {
+    PyObject* param = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
     Kept& kept = kept_[position_++];
-    const auto grad = py::reinterpret_steal<py::object>(grad_of(param));
-    if (!grad) throw py::error_already_set();
-    if (grad.is_none()) continue;
-    if (take(kept, param, grad.ptr(), group, {}, [&](State& out) { return find(state.ptr(), param, out); })) continue;
-    kept.ours = false;
+    const py::object grad = grad_of(param);
+    if (grad.is_none() || take(kept, param, grad.ptr(), group, {}, [&](State& out) { return find(state.ptr(), param, out); })) continue;
+    kept.date = 0;
     left.append(i);
   }
   return left;
@@ -299,10 +301,6 @@ py::list Batch::buckets() const {
       out.append(py::make_tuple(l.device_type, l.device_id, int(l.param), int(l.grad), reinterpret_cast<int64_t>(l.rows.data()), l.rows.size(),
                                 l.spec < 0 ? py::none() : specs_[l.spec]));
   return out;
-}
-
-void Batch::count_step() {
-  for (const Count& c : counts_) *c.step = c.next;
 }
 
 void Batch::release() { grads_.clear(); }

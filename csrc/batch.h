@@ -1,12 +1,12 @@
 // What one optimizer step updates, read straight from Python's objects: p, p.grad and the optimizer's state.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 #include "dlpack.h"
+#include "plain.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -16,20 +16,22 @@ constexpr int kKeptDims = 4;
 class Batch {
  public:
   // `slots`: names of the state tensors, in the rule's order; `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
-  // when they are these very types, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda", the devices whose backend reads a table.
-  Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types);
+  // when they are these very types and plain, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda",
+  // the devices whose backend reads a table.
+  Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types, PlainTensors plain);
 
   // Forgets a step that failed, and what was known of the state.
   void clear();
 
   // Begins a step. `apart`: DTensors of one mesh and placements have launches of their own. `slabs`: the optimizer's own memory
-  // for small state, one tensor each. State that lay there and that nobody else could reach when last looked at is looked at
-  // again only if `look`, or if a slab's memory has been replaced.
-  void begin(py::list slabs, bool look, bool apart);
+  // for small state, one tensor each. `asked`: how often the state has been asked for. State that lay in a slab, and that nobody
+  // else could reach when it was looked at, is looked at again once it has been asked for, if `held` (somebody has it now),
+  // or if a slab's memory has been replaced.
+  void begin(py::list slabs, int64_t asked, bool held, bool apart);
 
   // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
   // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
-  py::list read(py::list params, py::dict state, int group);
+  py::list read(py::object params, py::dict state, int group);
 
   // Takes one parameter from plain tensors of one layout; false, and nothing taken, if they are not. `spec`: that of the
   // DTensor they are the local parts of, else None.
@@ -42,9 +44,6 @@ class Batch {
   // its DTensors where they are kept apart).
   py::list buckets() const;
 
-  // Raises every step count; what `read` and `add` took has been updated.
-  void count_step();
-
   // How many parameters' state had to be looked at in this step.
   int64_t looked_at() const { return looked_at_; }
 
@@ -53,10 +52,6 @@ class Batch {
 
  private:
   struct Launch { int device_type, device_id; DType param, grad; int spec; std::vector<Row> rows; };
-  struct Count { float* step; float next; };
-
-  struct Delete { void operator()(dlpack::Managed* tensor) const { tensor->deleter(tensor); } };
-
   // Device, dtype and layout of a parameter of few dimensions.
   struct Place {
     int ndim = -1;  // none
@@ -65,21 +60,25 @@ class Batch {
     int64_t shape[kKeptDims], strides[kKeptDims];
   };
 
-  // What is known of a parameter from step to step.
+  // What is known of a parameter from step to step. It holds while `date` is the present one: then its state lay in slabs,
+  // which `slabs_` keeps alive, nobody but the optimizer had references to it, and nobody can have got any since. `param` is
+  // alive as long, being a key of that state; it is compared, never followed.
   struct Kept {
+    int64_t date = 0;
     PyObject* param = nullptr;
-    // A reference from C++. While there is one, torch describes a tensor in 18 ns instead of 48, as it need not pass
-    // ownership between Python and C++ and back. On the CPU only, where it costs no GPU its memory.
-    std::unique_ptr<dlpack::Managed, Delete> held;
-    bool ours = false;  // its state is in a slab, and only the optimizer has references to it: addresses stay as they are
-    Place place;        // the state's and the parameter's, where it is ours
+    Place place;  // the state's and the parameter's
     float* step = nullptr;
     int64_t slot[kMaxSlots] = {};
+  };
+  struct Slab {
+    py::object tensor;
+    int64_t begin, end;  // addresses
   };
   struct State { PyObject *entry, *step, *slots[kMaxSlots]; };
 
   void reset();
   bool describe(PyObject* object, dlpack::Tensor& out) const;
+  py::object grad_of(PyObject* param) const;
   py::object part_of(PyObject* tensor, PyObject* placed_like) const;
   bool find(PyObject* state, PyObject* param, State& out) const;
   bool look_at(Kept& kept, PyObject* param, const dlpack::Tensor& described, DType dtype, const State& state) const;
@@ -93,14 +92,16 @@ class Batch {
   py::tuple slots_;
   const PyTypeObject *parameter_type_, *tensor_type_, *dtensor_type_;
   const dlpack::Api* api_;  // static in torch
+  PlainTensors plain_;
+  const PyGetSetDef* grad_ = nullptr;  // torch's own getter of p.grad
   bool cpu_ = false, cuda_ = false, apart_ = false;
   std::vector<Launch> launches_;
   std::vector<py::object> specs_;  // of mesh and placements that differ; a launch's `spec` is a place here, or -1
-  std::vector<Count> counts_;
   std::vector<std::pair<int, float>> keys_;
   std::unordered_map<uint64_t, int64_t> key_index_;
-  std::vector<std::pair<int64_t, int64_t>> slabs_, sorted_slabs_;  // first address, and the one after the last
-  bool look_ = true;
+  std::vector<Slab> slabs_;                                 // in the optimizer's order
+  std::vector<std::pair<int64_t, int64_t>> sorted_slabs_;   // their addresses
+  int64_t date_ = 1, asked_ = -1;                           // of what is known now; `asked` of the step before
   int64_t looked_at_ = 0;
   std::vector<Kept> kept_;  // by position in the optimizer's groups
   size_t position_ = 0;

@@ -94,12 +94,22 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-void run_cpu(const Bucket& bucket, int threads, const std::string& isa) {
+void run_cpu(const std::vector<Bucket>& buckets, int threads, const std::string& isa) {
   const auto update = named(isa).update;
-  const Units units(bucket, threads);
+  std::vector<Units> all;
+  all.reserve(buckets.size());
+  for (const Bucket& bucket : buckets) all.emplace_back(bucket, threads);
+  for (const Units& units : all) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && units.count > 1)
-  for (int64_t unit = 0; unit < units.count; ++unit)
-    units.each(unit, fetch, [&](const Row& row, int64_t begin, int64_t end) { update(bucket, row, begin, end); });
+    for (int64_t unit = 0; unit < units.count; ++unit)
+      units.each(unit, fetch, [&](const Row& row, int64_t begin, int64_t end) { update(units.bucket, row, begin, end); });
+    count_steps(units.bucket);
+  }
+}
+
+void count_steps(const Bucket& bucket) {
+  for (int64_t r = 0; r < bucket.n_rows; ++r)
+    if (bucket.rows[r].step) *reinterpret_cast<float*>(bucket.rows[r].step) += 1;
 }
 
 double sum_of_squares_cpu(const Bucket& bucket, int threads, const std::string& isa) {

@@ -1,6 +1,7 @@
 // The Python module: names, and numbers into structs. No update rule, no pointer arithmetic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <tuple>
 #include "batch.h"
 #include "cpu.h"
 #ifdef HAVE_CUDA
@@ -10,8 +11,28 @@
 
 namespace {
 
+using BucketNumbers = std::tuple<int, bool, int, int, int64_t, int64_t, int64_t>;
+
 Bucket bucket_of(int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients) {
   return {algorithm, full, DType(param), DType(grad), reinterpret_cast<const Row*>(rows), n_rows, reinterpret_cast<const double*>(coefficients)};
+}
+
+// A step on the CPU from its first change to its last: the buckets' weights, state and step counts, then `copies`, pairs of
+// a parameter with gaps and the dense tensor that was updated in its place. No line of Python runs in between, so that no signal
+// handler can leave half a step behind.
+void step_cpu(const std::vector<BucketNumbers>& numbers, int threads, const std::string& isa, py::list copies) {
+  static PyObject* const copy = PyUnicode_InternFromString("copy_");
+  std::vector<Bucket> buckets;
+  for (const BucketNumbers& bucket : numbers) buckets.push_back(std::apply(bucket_of, bucket));
+  {
+    py::gil_scoped_release release;
+    run_cpu(buckets, threads, isa);
+  }
+  for (const py::handle pair : copies) {
+    PyObject* done = PyObject_CallMethodOneArg(PyTuple_GET_ITEM(pair.ptr(), 0), copy, PyTuple_GET_ITEM(pair.ptr(), 1));
+    if (!done) throw py::error_already_set();
+    Py_DECREF(done);
+  }
 }
 
 }  // namespace
@@ -19,23 +40,26 @@ Bucket bucket_of(int algorithm, bool full, int param, int grad, int64_t rows, in
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of adabayes_fused for CPUs and NVIDIA GPUs; adabayes_fused.backends.native is the way in.";
 
+  py::class_<PlainTensors>(m, "PlainTensors")
+      .def(py::init<py::list, uint64_t, uint64_t, py::object>())
+      .def("contains", [](const PlainTensors& plain, py::object tensor) { return plain.contains(tensor.ptr()); });
+
   py::class_<Batch>(m, "Batch")
-      .def(py::init<py::tuple, py::tuple, py::capsule, const std::vector<std::string>&>())
+      .def(py::init<py::tuple, py::tuple, py::capsule, const std::vector<std::string>&, PlainTensors>())
       .def("clear", &Batch::clear)
       .def("begin", &Batch::begin)
       .def("read", &Batch::read)
       .def("add", &Batch::add)
       .def("coefficient_keys", &Batch::coefficient_keys)
       .def("buckets", &Batch::buckets)
-      .def("count_step", &Batch::count_step)
       .def("looked_at", &Batch::looked_at)
       .def("release", &Batch::release);
 
   m.def("cpu_isas", &cpu_isas);
-  m.def("run_cpu", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients, int threads, const std::string& isa) {
-    const Bucket bucket = bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients);
-    py::gil_scoped_release release;
-    run_cpu(bucket, threads, isa);
+  m.attr("ROW_WORDS") = kRowWords;
+  m.def("step_cpu", &step_cpu);
+  m.def("count_steps", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients) {
+    count_steps(bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients));
   });
   m.def("sum_of_squares_cpu", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients, int threads, const std::string& isa) {
     const Bucket bucket = bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients);

@@ -10,6 +10,14 @@
 #define RULE_FN inline __attribute__((always_inline))
 #endif
 
+// `average` moved towards `value` by `weight`, 1 - beta. It starts from whichever of the two keeps more than half its weight: from
+// the other, a result much smaller than where it started would be lost to cancellation.
+template <class T>
+RULE_FN T lerp(T average, T value, T weight) {
+  const T difference = value - average;
+  return weight < T(0.5) ? average + difference * weight : value - difference * (T(1) - weight);
+}
+
 // A rule has `lean` state slots its recursion needs, then those kept for the user, `slots` in all;
 // it reads the first `reads` of them and writes every one it is given.
 
@@ -26,11 +34,11 @@ struct AdaBayes {  // Algorithm 1; variances in units of the prior's sigma^2, gr
                              T& exp_avg, T& prior_var, T& exp_avg_sq, T& post_var) {
     const T g = grad * c.grad_scale;
     const T g_sq = g * g;
-    exp_avg = exp_avg + (g - exp_avg) * c.one_minus_beta1;              // Eq. 2
-    exp_avg_sq = exp_avg_sq + (g_sq - exp_avg_sq) * c.one_minus_beta2;  // Eq. 4
-    post_var = prior_var / (T(1) + prior_var * c.fisher * g_sq);        // Eq. 17a
-    prior_var = post_var + (c.drift - post_var * c.forget);             // Eq. 16b
-    param = param * c.keep - exp_avg * c.step_size * post_var;          // Eq. 18
+    exp_avg = lerp(exp_avg, g, c.one_minus_beta1);           // Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, c.one_minus_beta2);  // Eq. 4
+    post_var = prior_var / (T(1) + prior_var * c.fisher * g_sq);  // Eq. 17a
+    prior_var = post_var + (c.drift - post_var * c.forget);  // Eq. 16b
+    param = param * c.keep - exp_avg * c.step_size * post_var;  // Eq. 18
   }
 };
 
@@ -47,10 +55,10 @@ struct AdaBayesFP {  // Algorithm 2: the posterior variance at its fixed point
                              T& exp_avg, T& exp_avg_sq, T& post_var, T&) {
     const T g = grad * c.grad_scale;
     const T g_sq = g * g;
-    exp_avg = exp_avg + (g - exp_avg) * c.one_minus_beta1;              // Eq. 2
-    exp_avg_sq = exp_avg_sq + (g_sq - exp_avg_sq) * c.one_minus_beta2;  // Eq. 4
+    exp_avg = lerp(exp_avg, g, c.one_minus_beta1);           // Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, c.one_minus_beta2);  // Eq. 4
     const T denom = c.a + std::sqrt(c.a * c.a + exp_avg_sq * c.debias2) + c.eps;  // Eq. 20
     post_var = (c.a + c.a) / denom;
-    param = param * c.keep - exp_avg * c.step_size / denom;             // Eq. 18
+    param = param * c.keep - exp_avg * c.step_size / denom;  // Eq. 18
   }
 };

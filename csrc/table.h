@@ -1,5 +1,5 @@
 // The table every backend reads: one row of addresses per tensor, then one row of coefficients per distinct set.
-// Eight 64-bit words a row, so that Python, Triton, C++ and CUDA index it alike.
+// 64-bit words only, so that Python, Triton, C++ and CUDA index it alike.
 #pragma once
 #include <cstdint>
 
@@ -10,8 +10,10 @@ struct Row {
   int64_t param, grad, slot[kMaxSlots];  // addresses
   int64_t numel;
   int64_t coefficients;                  // which row of coefficients
+  int64_t step;                          // address of the step count, a float on the CPU that the CPU driver raises; or 0
 };
-static_assert(sizeof(Row) == 8 * sizeof(int64_t), "a row is eight words");
+constexpr int kRowWords = 9;
+static_assert(sizeof(Row) == kRowWords * sizeof(int64_t), "a row is nine words");
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 

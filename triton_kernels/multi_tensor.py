@@ -9,6 +9,7 @@ import os
 import triton
 import triton.language as tl
 
+ROW_WORDS = tl.constexpr(9)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -41,7 +42,7 @@ def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT
 def _chunk(rows, chunks, CHUNK: tl.constexpr):
     """The program's row, the first element of its chunk, and how many are left from there on."""
     entry = tl.load(chunks + tl.program_id(0))
-    row = rows + (entry >> 32) * 8
+    row = rows + (entry >> 32) * ROW_WORDS
     begin = (entry & 0xFFFFFFFF) * CHUNK
     return row, begin, tl.load(row + 6) - begin
 

@@ -2,7 +2,8 @@
 
 Each has ``unavailable(device)``: None, or why it cannot update parameters there and what to do about it;
 ``sum_of_squares(launch)``: of all its gradients, a 0-dim tensor on its device (float64 where it has it), never waited for; and
-``prepare(launch)``: everything that may fail, returning the function that updates.
+``prepare(launches, copies)``: everything that may fail, returning the function that updates, raises the step counts and writes
+``copies`` back, pairs of a parameter and the tensor updated in its place.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
+from .in_turn import Copies
 from .launch import Launch
 
 ISA_VARIABLE = "ADABAYES_FUSED_ISA"  # forces one of module.cpu_isas(), for tests and comparisons
@@ -44,13 +46,16 @@ def sum_of_squares(launch: Launch) -> Tensor:
     return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
-def prepare(launch: Launch) -> Callable[[], None]:
-    address, rows = _table(launch)
-    coefficients = launch.known_coefficients()
-    isa = chosen_isa(os.environ.get(ISA_VARIABLE))
+def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
+    launches = [launch for launch in launches if launch.found_inf is None or not launch.found_inf.item()]
+    tables = [_table(launch) for launch in launches]
+    buckets = [
+        native.bucket(launch, address, launch.known_coefficients().data_ptr())
+        for launch, (address, _) in zip(launches, tables, strict=True)
+    ]
+    arguments = buckets, torch.get_num_threads(), chosen_isa(os.environ.get(ISA_VARIABLE)), list(copies) if launches else []
 
-    def run(_held: Tensor | None = rows) -> None:  # the rows it reads
-        if launch.found_inf is None or not launch.found_inf.item():
-            native.module.run_cpu(*native.bucket(launch, address, coefficients.data_ptr()), torch.get_num_threads(), isa)
+    def run(_held: Any = (launches, tables)) -> None:  # what the addresses point to
+        native.module.step_cpu(*arguments)
 
     return run

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .in_turn import Copies, in_turn
 from .launch import Launch
 from .table import coefficients_of, upload
 
@@ -42,7 +43,11 @@ def sum_of_squares(launch: Launch) -> Tensor:
     return sums.sum()
 
 
-def prepare(launch: Launch) -> Callable[[], None]:
+def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
+    return in_turn(launches, [_prepare(launch) for launch in launches], copies)
+
+
+def _prepare(launch: Launch) -> Callable[[], None]:
     rows, chunks = upload(launch, native.module.CUDA_CHUNK)
     coefficients = coefficients_of(launch)
 

@@ -1,6 +1,9 @@
-"""Plain PyTorch over lists of tensors, for every other device. Holds the rules once more, in ``torch._foreach_*``:
-the same names in the same order as ``csrc/rule.h``, one rounding an operation. The weights have the other backends' bits
-but for the last one in AdaBayes-FP on CPUs, where ``torch.sqrt`` is not correctly rounded.
+"""Plain PyTorch, for every other device, and for tensors that have no memory of their own. Holds the rules once more, on flat
+tensors: the same names in the same order as ``csrc/rule.h``, one rounding an operation. The weights have the other backends'
+bits but for the last one in AdaBayes-FP on CPUs, where ``torch.sqrt`` is not correctly rounded.
+
+It works in blocks: many small tensors end to end, or a part of a large one. A block's temporaries fit a CPU's cache, and nothing
+here reads a value that only a device knows.
 """
 
 from __future__ import annotations
@@ -12,79 +15,64 @@ import torch
 from torch import Tensor
 
 from ..scalars import wide
+from .in_turn import Copies, in_turn
 from .launch import Launch
 
-Tensors = list[Tensor] | tuple[Tensor, ...]
 Scalars = Sequence[Any]  # numbers, or 0-dim tensors on the device
+Values = tuple[Tensor, ...]
 
-BLOCK_NUMEL = 1 << 22  # so many elements, or one tensor, have temporaries at a time
+BLOCK = {"cpu": 1 << 15}  # elements that have temporaries at a time
+BLOCK_ELSEWHERE = 1 << 22
 
 
 def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def lerp(average: Tensor, value: Tensor, weight: Any) -> Tensor:
+    """``average`` moved towards ``value`` by ``weight``, from whichever of the two keeps more than half its weight."""
+    difference = value - average
+    if isinstance(weight, Tensor):
+        return torch.where(weight < 0.5, average + difference * weight, value - difference * (1.0 - weight))
+    if weight < 0.5:
+        return difference.mul_(weight).add_(average)
+    return torch.sub(value, difference.mul_(1.0 - weight))
+
+
 def adabayes(
     c: Scalars,
-    grad: Tensors,
-    param: Tensors,
-    exp_avg: Tensors,
-    prior_var: Tensors,
-    exp_avg_sq: Tensors | None = None,
-    post_var: Tensors | None = None,
-) -> None:
+    grad: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    prior_var: Tensor,
+    exp_avg_sq: Tensor | None = None,
+    post_var: Tensor | None = None,
+) -> Values:
     grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift = c
-    g = torch._foreach_mul(grad, grad_scale)
-    g_sq = torch._foreach_mul(g, g)
-    _lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
-    if exp_avg_sq is not None:
-        _lerp(exp_avg_sq, g_sq, one_minus_beta2)  # Eq. 4
-    denom = torch._foreach_mul(prior_var, fisher)
-    torch._foreach_mul_(denom, g_sq)
-    torch._foreach_add_(denom, 1.0)
-    post = torch._foreach_div(prior_var, denom)  # Eq. 17a
-    forgotten = torch._foreach_mul(post, forget)
-    torch._foreach_neg_(forgotten)
-    torch._foreach_add_(forgotten, drift)
-    torch._foreach_copy_(prior_var, torch._foreach_add(post, forgotten))  # Eq. 16b
-    move = torch._foreach_mul(exp_avg, step_size)
-    torch._foreach_mul_(move, post)
-    torch._foreach_mul_(param, keep)
-    torch._foreach_sub_(param, move)  # Eq. 18
-    if post_var is not None:
-        torch._foreach_copy_(post_var, post)
+    g = grad * grad_scale
+    g_sq = g * g
+    exp_avg = lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
+    kept = () if exp_avg_sq is None else (lerp(exp_avg_sq, g_sq, one_minus_beta2),)  # Eq. 4
+    post = prior_var / (prior_var * fisher).mul_(g_sq).add_(1.0)  # Eq. 17a
+    prior_var = (post * forget).neg_().add_(drift).add_(post)  # Eq. 16b
+    param = (param * keep).sub_((exp_avg * step_size).mul_(post))  # Eq. 18
+    return param, exp_avg, prior_var, *kept, post
 
 
 def adabayes_fp(
-    c: Scalars, grad: Tensors, param: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, post_var: Tensors | None = None
-) -> None:
+    c: Scalars, grad: Tensor, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, post_var: Tensor | None = None
+) -> Values:
     grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps = c
-    g = torch._foreach_mul(grad, grad_scale)
-    g_sq = torch._foreach_mul(g, g)
-    _lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
-    _lerp(exp_avg_sq, g_sq, one_minus_beta2)  # Eq. 4
-    denom = torch._foreach_mul(exp_avg_sq, debias2)
-    torch._foreach_add_(denom, a * a)
-    torch._foreach_sqrt_(denom)
-    torch._foreach_add_(denom, a)
-    torch._foreach_add_(denom, eps)  # Eq. 20
-    move = torch._foreach_mul(exp_avg, step_size)
-    torch._foreach_div_(move, denom)
-    torch._foreach_mul_(param, keep)
-    torch._foreach_sub_(param, move)  # Eq. 18
-    if post_var is not None:
-        torch._foreach_zero_(post_var)
-        torch._foreach_add_(post_var, a + a)
-        torch._foreach_div_(post_var, denom)
+    g = grad * grad_scale
+    exp_avg = lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g.mul_(g), one_minus_beta2)  # Eq. 4
+    denom = (exp_avg_sq * debias2).add_(a * a).sqrt_().add_(a).add_(eps)  # Eq. 20
+    param = (param * keep).sub_((exp_avg * step_size).div_(denom))  # Eq. 18
+    kept = () if post_var is None else (torch.full_like(denom, 1.0).mul_(a + a).div_(denom),)
+    return param, exp_avg, exp_avg_sq, *kept
 
 
-RULES: dict[str, Callable[..., None]] = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
-
-
-def _lerp(average: Tensors, value: Tensors, weight: Any) -> None:
-    difference = torch._foreach_sub(value, average)
-    torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(average, difference)
+RULES: dict[str, Callable[..., Values]] = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
@@ -95,39 +83,55 @@ def sum_of_squares(launch: Launch) -> Tensor:
     return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square().sum()
 
 
-def prepare(launch: Launch) -> Callable[[], None]:
+def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
+    return in_turn(launches, [_prepare(launch) for launch in launches], copies)
+
+
+def _prepare(launch: Launch) -> Callable[[], None]:
     rule = RULES[launch.algorithm.name]
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
+    skip = None if launch.found_inf is None else launch.found_inf != 0
+
+    rows = launch.known_coefficients().to(state_dtype)  # rounded once, to the type the rule computes in
+    known = not isinstance(launch.keys[0][1], Tensor)
+    coefficients: list[Scalars] = rows.tolist() if known else [row.unbind() for row in rows.unbind()]
 
     def run() -> None:
-        if launch.found_inf is not None and launch.found_inf.item():  # the one backend that waits for the device
-            return
-        for k, tensors in _blocks(launch):
-            param, grad, *slots = (list(column) for column in zip(*tensors, strict=True))
-            wide = [p.to(state_dtype) for p in param]
-            rule(_coefficients(launch.known_coefficients()[k], state_dtype), [g.to(state_dtype) for g in grad], wide, *slots)
-            if launch.param_dtype != state_dtype:
-                torch._foreach_copy_(param, wide)
+        for k, block in _blocks(launch):
+            flat = [_flat(column) for column in zip(*block, strict=True)]
+            param, grad, *slots = (t.to(state_dtype) for t in flat)
+            values = rule(coefficients[k], grad, param, *slots)
+            if skip is not None:
+                values = tuple(torch.where(skip, old, new) for old, new in zip((param, *slots), values, strict=False))
+            columns = [column for i, column in enumerate(zip(*block, strict=True)) if i != 1]  # all but the gradients
+            split = (_unflatten(value, column) for value, column in zip(values, columns, strict=False))
+            torch._foreach_copy_([t for column in columns for t in column], [t for column in split for t in column])
 
     return run
 
 
-def _coefficients(row: Tensor, dtype: torch.dtype) -> Scalars:
-    """A row of coefficients, rounded once to the type the rule computes in: numbers, or 0-dim tensors on a device."""
-    row = row.to(dtype)
-    return row.tolist() if row.device.type == "cpu" else list(row.unbind())
+def _flat(column: tuple[Tensor, ...]) -> Tensor:
+    return column[0].reshape(-1) if len(column) == 1 else torch._C._nn.flatten_dense_tensors(column)
+
+
+def _unflatten(value: Tensor, column: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return [value.view(column[0].shape)] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
 
 
 def _blocks(launch: Launch) -> Iterator[tuple[int, list[list[Tensor]]]]:
-    """Runs of tensors with one row of coefficients and at most BLOCK_NUMEL elements, or one tensor."""
+    """Tensors of one row of coefficients, whole ones up to a block's size together, or one part of a larger one."""
+    most = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE)
     block: list[list[Tensor]] = []
     block_k = numel = 0
     for k, tensors in sorted(zip(launch.which, launch.tensors, strict=True), key=lambda item: item[0]):
         size = tensors[0].numel()
-        if block and (k != block_k or numel + size > BLOCK_NUMEL):
+        if block and (k != block_k or numel + size > most):
             yield block_k, block
             block, numel = [], 0
-        if size:
+        if size > most:
+            lines = [t.as_strided((size,), (1,)) for t in tensors]  # all are dense and laid out alike
+            yield from ((k, [[line[i : i + most] for line in lines]]) for i in range(0, size, most))
+        elif size:
             block.append(tensors)
             block_k, numel = k, numel + size
     if block:

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from ..algorithms import Algorithm
 
-WORDS = 8  # 64-bit words a row of the table, csrc/table.h
+ROW_WORDS = 9  # 64-bit words a row of the table, csrc/table.h
+COEFFICIENTS = 8  # numbers a rule takes
 
 
 @dataclass
 class Launch:
     """Parameters of one device and one pair of dtypes. Either ``address`` and ``count`` say where the rows of the table
-    lie, or ``tensors`` holds each parameter's (param, grad, *slots) and ``which`` its row of ``coefficients``."""
+    lie, or ``tensors`` holds each parameter's (param, grad, *slots), ``steps`` its step count and ``which`` its row of
+    ``coefficients``."""
 
     algorithm: Algorithm
     lean: bool
+    backend: str
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
@@ -29,6 +32,7 @@ class Launch:
     address: int = 0
     count: int = 0
     tensors: list[list[Tensor]] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
     which: list[int] = field(default_factory=list)
     coefficients: Tensor | None = None  # float64, (sets, 8), on the CPU; on the device where the host must not know them
     uploaded: tuple[Tensor, Tensor] | None = None  # rows and chunk map, on the device: backends/table.py
@@ -49,17 +53,23 @@ class Launch:
         return self.coefficients
 
     def rows(self) -> Tensor:
-        """The table's rows: int64 on the CPU, shape (parameters, 8)."""
+        """The table's rows: int64 on the CPU, shape (parameters, 9)."""
         if self.address:
-            rows = torch.empty(self.count, WORDS, dtype=torch.int64, device="cpu")
+            rows = torch.empty(self.count, ROW_WORDS, dtype=torch.int64, device="cpu")
             ctypes.memmove(rows.data_ptr(), self.address, rows.nbytes)
             return rows
-        unused = [0] * (WORDS - 4 - self.slots)
+        unused = [0] * (ROW_WORDS - 5 - self.slots)
         return torch.tensor(
             [
-                [*(t.data_ptr() for t in tensors), *unused, tensors[0].numel(), k]
-                for k, tensors in zip(self.which, self.tensors, strict=True)
+                [*(self._address(t) for t in tensors), *unused, tensors[0].numel(), k, step.data_ptr()]
+                for tensors, step, k in zip(self.tensors, self.steps, self.which, strict=True)
             ],
             dtype=torch.int64,
             device="cpu",
         )
+
+    def _address(self, t: Tensor) -> int:
+        """Where a kernel of this launch finds ``t``; whatever let another tensor through would have it follow any address."""
+        address = t.data_ptr()
+        assert t.device == self.device and (address or not t.numel()), f"a tensor on {t.device} at {address:#x}"
+        return address

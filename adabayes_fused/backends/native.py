@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from .. import plain
 from ..gather import DTYPES
-from .launch import Launch
+from .launch import ROW_WORDS, Launch
 
 module: Any
 try:
@@ -21,6 +22,7 @@ except ImportError as error:
         "'pip install --force-reinstall --no-deps .' again"
     )
 
+assert module is None or module.ROW_WORDS == ROW_WORDS
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
 
@@ -29,7 +31,8 @@ def new_batch(slots: tuple[str, ...], device_types: set[str], dtensor: Any) -> A
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or api is None or not device_types:
         return None
-    return module.Batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types))
+    known = module.PlainTensors(plain.samples(), plain.PLAIN, plain.DEVICE_BITS, plain.is_plain)
+    return module.Batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), known)
 
 
 def bucket(launch: Launch, rows: int, coefficients: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import WORDS, Launch
+from .launch import ROW_WORDS, Launch
 
 _chunk_maps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (chunk, parameters) -> last numels and their map
 
@@ -44,7 +44,7 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
     coefficients, rows, chunks = torch.split(table, [len(head), rows.numel(), len(chunks)])
     if known is not None:
         launch.coefficients = coefficients.view(torch.float64)
-    launch.uploaded = rows.view(-1, WORDS), chunks
+    launch.uploaded = rows.view(-1, ROW_WORDS), chunks
     return launch.uploaded
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .in_turn import Copies, in_turn
 from .launch import Launch
 from .table import coefficients_of, upload
 
@@ -76,7 +77,11 @@ def sum_of_squares(launch: Launch) -> Tensor:
     return sums.sum()
 
 
-def prepare(launch: Launch) -> Callable[[], None]:
+def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
+    return in_turn(launches, [_prepare(launch) for launch in launches], copies)
+
+
+def _prepare(launch: Launch) -> Callable[[], None]:
     from ..triton_kernels.multi_tensor import multi_tensor
 
     rows, chunks = upload(launch, CHUNK)

@@ -214,7 +214,7 @@ int slots_of(const Job& job, bool full) {
 std::vector<Row> rows_of(const Job& job, bool full) {
   std::vector<Row> rows;
   for (const auto& streams : job.tensors) {
-    Row row{streams[0].address(), streams[1].address(), {}, streams[0].numel, int64_t(rows.size() % 2)};
+    Row row{streams[0].address(), streams[1].address(), {}, streams[0].numel, int64_t(rows.size() % 2), 0};
     for (int s = 0; s < slots_of(job, full); ++s) row.slot[s] = streams[2 + s].address();
     rows.push_back(row);
   }
@@ -283,7 +283,7 @@ void cpu() {
       for (int threads : {1, 2}) {
         Job got = job;
         const std::vector<Row> rows = rows_of(got, full);
-        run_cpu(bucket_of(got, full, rows), threads, isa);
+        run_cpu({bucket_of(got, full, rows)}, threads, isa);
         check_equal(got, expected, full, isa + ", threads " + std::to_string(threads));
       }
   });
@@ -297,7 +297,7 @@ void long_ranges() {
         const Job job = make_job(algorithm, dtype, dtype, {1200003}, shift), expected = updated(job);
         for (const std::string& isa : cpu_isas()) {
           Job got = job;
-          run_cpu(bucket_of(got, true, rows_of(got, true)), 1, isa);
+          run_cpu({bucket_of(got, true, rows_of(got, true))}, 1, isa);
           check_equal(got, expected, true, isa);
         }
       }
