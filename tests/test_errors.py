@@ -189,7 +189,7 @@ def test_parameters_no_kernel_takes():
 def test_a_launch_that_fails_leaves_no_state(monkeypatch):
     from adabayes_fused.backends import foreach
 
-    def refuse(launch):
+    def refuse(launches, copies):
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(foreach, "prepare", refuse)
