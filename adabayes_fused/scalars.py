@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithms import pair
+from .algorithms import pair, plain
 
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # numbers or one-element tensors; betas too
 
@@ -24,15 +24,15 @@ def tensor_options(group: dict[str, Any]) -> dict[str, Tensor]:
 def scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
     """The group with ``convert`` applied to every hyper-parameter that is a number or a one-element tensor. What a schedule
     has put below 0 by rounding is 0."""
-    found = {name: convert(_detached(group[name])) for name in SCALARS if group.get(name) is not None}
-    betas = tuple(_not_negative(convert(_detached(beta))) for beta in pair(group["betas"]))
+    found = {name: convert(_number(group[name])) for name in SCALARS if group.get(name) is not None}
+    betas = tuple(_not_negative(convert(_number(beta))) for beta in pair(group["betas"]))
     for name in ("lr", "weight_decay"):
         found[name] = _not_negative(found[name])
     return {**group, **found, "betas": betas}
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def _number(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else plain(value)
 
 
 def _not_negative(value: Any) -> Any:
@@ -55,6 +55,8 @@ def wide(device: torch.device) -> torch.dtype:
 @functools.cache
 def _has_float64(device: torch.device) -> bool:
     """Asks the device: Apple's GPUs have no float64, and some of Intel's have none where others of the same name have it."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
     try:
         torch.ones((), dtype=torch.float64, device=device).add(1.0)
     except torch.OutOfMemoryError:
