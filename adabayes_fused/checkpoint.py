@@ -154,7 +154,10 @@ def _option_stays(present: Any, loaded: Any, writes: list[tuple[Tensor, Tensor]]
     """``present``, noted in ``writes``, where it is a tensor; else the loaded value."""
     if not isinstance(present, Tensor) or loaded is None:
         return loaded
-    return _stays(present, torch.full_like(present, float(loaded)), writes)
+    fresh = torch.full_like(present, float(loaded))
+    if any(kept is present and not torch.equal(value, fresh) for kept, value in writes):
+        return fresh  # another group has the very tensor, and another value
+    return _stays(present, fresh, writes)
 
 
 def _stays(present: Any, fresh: Tensor, writes: list[tuple[Tensor, Tensor]]) -> Tensor:
