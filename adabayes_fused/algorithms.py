@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+import os.path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,8 @@ def adabayes_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) -> tu
     """
     lr, r, batch_size = group["lr"], group["r"], group["batch_size"]
     unit, drift_unit = variance_units(group)
-    unit = unit * (lr != 0)  # lr = 0 freezes the literal variance too
+    moves = (lr != 0).to(lr.dtype) if isinstance(lr, torch.Tensor) else lr != 0  # a bool would turn into torch's default dtype
+    unit = unit * moves  # lr = 0 freezes the literal variance too
     kappa = lr * batch_size / r  # eta^2 / sigma^2
     if group["transition"] == "paper":  # (1 - kappa/2)^2 s + eta^2, Eq. 16b
         drift, forget = kappa, kappa * (1.0 - kappa / 4.0)
@@ -106,6 +108,35 @@ ALGORITHMS = (ADABAYES, ADABAYES_FP)
 # --- What a group may say ---------------------------------------------------------------------------------------------
 
 
+# Schedules end below 0 by rounding: torch's LinearLR(end_factor=0) at -3e-20 for an lr of 1e-3. Down to this such a number
+# acts as 0. A linear schedule that runs one step too far is further below, and so is a wrong sign.
+ROUNDING = 1e-9
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's, or a fraction or decimal, as one of Python's own, which a step computes with and every checkpoint
+    loads; a tensor, and what is no number, as it is."""
+    if value is None or type(value) in (float, int, bool, str) or isinstance(value, torch.Tensor):
+        return value
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # an array, a numpy scalar
+        value = value.item()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if hasattr(type(value), "__float__") and getattr(value, "ndim", 0) == 0 else value
+
+
+def pair(betas: Any) -> tuple[Any, ...]:
+    """``betas`` as a tuple, of whatever has two numbers in an order: a list of OmegaConf's, an array, a tensor."""
+    if type(betas) is tuple and len(betas) == 2:  # nearly always, at each step
+        return betas
+    ordered = all(hasattr(type(betas), name) for name in ("__len__", "__getitem__")) and not isinstance(betas, (str, Mapping))
+    if not ordered or getattr(betas, "ndim", 1) != 1 or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r} (allowed: two numbers, each 0 <= beta < 1)")
+    return tuple(betas)
+
+
 def _number(value: Any, name: str = "hyper-parameter") -> float | None:
     """``value`` as a float; None for a tensor on an accelerator, which cannot be read without waiting for it."""
     if type(value) is float:  # nearly always, at each step
@@ -113,12 +144,13 @@ def _number(value: Any, name: str = "hyper-parameter") -> float | None:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, given shape {tuple(value.shape)}")
-        if value.is_complex():
-            raise TypeError(f"{name} must be real, given {value!r}")
-        return float(value) if value.device.type == "cpu" else None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, given {value!r}")
+        return float(value.detach()) if value.device.type == "cpu" else None
+    number = plain(value)
+    if type(number) not in (int, float):
         raise TypeError(f"{name} must be a number or a one-element tensor, given {value!r}")
-    return float(value)
+    return float(number)
 
 
 def _within(value: Any, name: str, low: float, high: float, what: str, allowed: str) -> None:
@@ -126,6 +158,13 @@ def _within(value: Any, name: str, low: float, high: float, what: str, allowed: 
     number = _number(value, name)
     if number is not None and not low <= number < high:
         raise ValueError(f"Invalid {what}: {value} (allowed: {allowed})")
+
+
+def _rounding_of_lr(group: Group) -> float:
+    """How far below 0 rounding may have put ``lr``: ROUNDING, or a millionth of what its schedule began with, since a float32
+    tensor is rounded to 6e-8 of that at each step."""
+    lr, sgd_lr, r = (_number(group.get(name) or 0.0, name) or 0.0 for name in ("initial_lr", "sgd_lr", "r"))
+    return max(ROUNDING, 1e-6 * max(lr, sgd_lr / r if 0.0 < sgd_lr < math.inf and r else 0.0))
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -137,16 +176,15 @@ def check_batch_size(batch_size: Any) -> None:
 def check_group(algorithm: Algorithm, group: Group) -> None:
     """Raises ValueError or TypeError for a hyper-parameter out of its range; wording begins as torch.optim's."""
     inf = math.inf
-    _within(group["lr"], "lr", 0.0, inf, "learning rate", "a finite number >= 0")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r} (allowed: two numbers, each 0 <= beta < 1)")
-    for i, beta in enumerate(betas):
-        _within(beta, f"betas[{i}]", 0.0, 1.0, f"beta parameter at index {i}", "0 <= beta < 1")
+    lr = _number(group["lr"], "lr")
+    if lr is not None and not 0.0 <= lr < inf and not (lr < 0.0 and -lr <= _rounding_of_lr(group)):
+        raise ValueError(f"Invalid learning rate: {group['lr']} (allowed: a finite number >= 0)")
+    for i, beta in enumerate(pair(group["betas"])):
+        _within(beta, f"betas[{i}]", -ROUNDING, 1.0, f"beta parameter at index {i}", "0 <= beta < 1")
     allowed = "a finite number >= 0; lambda is lr * weight_decay"
-    _within(group["weight_decay"], "weight_decay", 0.0, inf, "weight_decay value", allowed)
+    _within(group["weight_decay"], "weight_decay", -ROUNDING, inf, "weight_decay value", allowed)
     for flag in ("maximize", "capturable"):
-        if not isinstance(group[flag], (bool, int)):
+        if not isinstance(plain(group[flag]), (bool, int)):
             raise TypeError(f"Invalid {flag} value: {group[flag]!r} (allowed: True or False)")
     batch_size = group["batch_size"]
     if batch_size is not None:
@@ -161,17 +199,20 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
         )
     if group["transition"] not in ("paper", "exact"):
         raise ValueError(f"Invalid transition: {group['transition']!r} (allowed: 'paper', 'exact')")
-    if not isinstance(group["variance_follows_lr"], (bool, int)):
+    if not isinstance(plain(group["variance_follows_lr"]), (bool, int)):
         raise TypeError(f"Invalid variance_follows_lr value: {group['variance_follows_lr']!r} (allowed: True or False)")
 
 
 def check_step(algorithm: Algorithm, group: Group) -> None:
     """What has to hold at each step: the ranges, and a transition that is stable at this learning rate."""
+    group = present(algorithm, group)
     check_group(algorithm, group)
+    _check_r(algorithm, group)
     if algorithm is not ADABAYES or group["transition"] != "paper":
         return
     lr, r, batch_size = _number(group["lr"], "lr"), _number(group["r"], "r"), _number(group["batch_size"], "batch_size")
-    if lr is not None and r is not None and batch_size is not None and lr * batch_size > r:
+    rounded = 1.0 + 1e-6  # a restarted schedule comes back to its first lr but for rounding, which may be where kappa is 1
+    if lr is not None and r is not None and batch_size is not None and lr * batch_size > r * rounded:
         raise ValueError(
             f"kappa = lr * batch_size / r = {lr:g} * {batch_size:g} / {r:g} = {lr * batch_size / r:g} is above 1: "
             'transition="paper" linearises a decay of exp(-kappa) and means nothing there. '
@@ -179,14 +220,81 @@ def check_step(algorithm: Algorithm, group: Group) -> None:
         )
 
 
+def _allowed_sgd_lr(algorithm: Algorithm) -> str:
+    return "a number > 0; inf is AdamW" if algorithm is ADABAYES_FP else "a finite number > 0; AdaBayesFP takes inf too"
+
+
+def _in_range_of_sgd_lr(algorithm: Algorithm, number: float) -> bool:
+    return 0.0 < number < math.inf or algorithm is ADABAYES_FP and number == math.inf
+
+
+def _sgd_lr_of(algorithm: Algorithm, group: Group) -> float:
+    """``sgd_lr`` as a float, checked: it only sets ``r``, so that a tensor is read once."""
+    sgd_lr = _number_of(group, "sgd_lr")
+    if not _in_range_of_sgd_lr(algorithm, sgd_lr):
+        raise ValueError(f"Invalid sgd_lr: {group['sgd_lr']} (allowed: {_allowed_sgd_lr(algorithm)})")
+    return sgd_lr
+
+
+def _check_r(algorithm: Algorithm, group: Group) -> None:
+    r = _number(group["r"], "r")
+    if r is not None and not _in_range_of_sgd_lr(algorithm, r):
+        raise ValueError(f"Invalid r: {group['r']} (allowed: sgd_lr / lr, {_allowed_sgd_lr(algorithm)})")
+
+
+def present(algorithm: Algorithm, group: Group) -> Group:
+    """The group as the next step takes it: itself, or, where ``sgd_lr`` was edited, a copy with the ``r`` that follows.
+
+    ``sgd_lr_of_r`` remembers the ``sgd_lr`` that ``r`` stands for. An edited one gives ``r = sgd_lr / lr`` at the present
+    ``lr``. Where a scheduler of torch drives ``lr``, it is what ``initial_lr`` is to ``lr``: ``r`` changes by the factor that
+    ``sgd_lr`` does, as if the group had begun with it. The present ``lr`` of a warm-up would make it huge afterwards. So too
+    where ``lr`` is 0.
+    """
+    known = group.get("sgd_lr_of_r")
+    if group["sgd_lr"] is known:
+        return group
+    sgd_lr, r = _sgd_lr_of(algorithm, group), group["r"]
+    if known is not None and sgd_lr != known:
+        lr = _number_of(group, "lr")
+        if sgd_lr == math.inf:
+            r = math.inf
+        elif known != math.inf and ("initial_lr" in group or lr <= 0.0):
+            r = r * (sgd_lr / known)
+        else:
+            lr = _number_of(group, "initial_lr") if "initial_lr" in group else lr
+            if lr <= 0.0:
+                raise ValueError(
+                    f"sgd_lr was changed from inf to {sgd_lr:g} where lr is 0, so that r = sgd_lr / lr is not known. "
+                    "Change it where lr is above 0, or set the group's r as well."
+                )
+            r = sgd_lr / lr
+    return {**group, "sgd_lr": sgd_lr, "sgd_lr_of_r": sgd_lr, "r": r}
+
+
+def take_up_edits(algorithm: Algorithm, group: dict[str, Any]) -> None:
+    """Writes what follows from an edited ``sgd_lr`` into the group; ``r`` in place where it is a tensor, which a CUDA graph reads."""
+    now = present(algorithm, group)
+    if now is not group:
+        if isinstance(group["r"], torch.Tensor):
+            group["r"].detach().fill_(now["r"])
+        else:
+            group["r"] = now["r"]
+        group["sgd_lr"] = group["sgd_lr_of_r"] = now["sgd_lr"]
+
+
+_NUMBERS = ("lr", "batch_size", "weight_decay", "eps", "r", "first_prior", "maximize", "capturable", "variance_follows_lr")
+
+
+def make_plain(group: dict[str, Any]) -> None:
+    """Turns the options into Python's own numbers, or one-element tensors, and a tuple."""
+    group.update({name: plain(group[name]) for name in _NUMBERS if name in group}, betas=tuple(map(plain, pair(group["betas"]))))
+
+
 def complete_group(algorithm: Algorithm, group: dict[str, Any]) -> None:
     """Adds what is derived once, when a group is added: ``r`` and, for AdaBayes, ``first_prior``, the first sigma^2."""
     check_group(algorithm, group)
-    lr, sgd_lr = _number_of(group, "lr"), _number_of(group, "sgd_lr")
-    infinite = algorithm is ADABAYES_FP
-    allowed = "a number > 0; inf is AdamW" if infinite else "a finite number > 0; AdaBayesFP takes inf too"
-    if not (0.0 < sgd_lr < math.inf or infinite and sgd_lr == math.inf):
-        raise ValueError(f"Invalid sgd_lr: {group['sgd_lr']} (allowed: {allowed})")
+    make_plain(group)
+    lr, sgd_lr = max(_number_of(group, "lr"), 0.0), _sgd_lr_of(algorithm, group)
     if group.get("r") is None:
         if lr == 0.0 and sgd_lr != math.inf:
             raise ValueError(
@@ -194,15 +302,38 @@ def complete_group(algorithm: Algorithm, group: dict[str, Any]) -> None:
                 "Give the group its full lr and let a scheduler start from 0, or give the group r itself."
             )
         group["r"] = math.inf if sgd_lr == math.inf else sgd_lr / lr
-    r = _number_of(group, "r")
-    if not (0.0 < r < math.inf or infinite and r == math.inf):
-        raise ValueError(f"Invalid r: {group['r']} (allowed: sgd_lr / lr, {allowed})")
+        group["sgd_lr_of_r"] = sgd_lr
+    group.update(present(algorithm, group))
+    check_step(algorithm, group)
     if algorithm is ADABAYES:
-        group.setdefault("first_prior", (lr * r or sgd_lr) / _number_of(group, "batch_size"))
-        check_step(algorithm, group)
+        group.setdefault("first_prior", (lr * _number_of(group, "r") or sgd_lr) / _number_of(group, "batch_size"))
 
 
 def _number_of(group: Group, name: str) -> float:
     """An option as a float, waiting for an accelerator if it must: for what happens once."""
     number = _number(group[name], name)
-    return float(group[name]) if number is None else number
+    if number is None and group[name].is_meta:
+        raise ValueError(f"{name} is a tensor on the meta device, which holds no number (allowed: a number, or a tensor elsewhere)")
+    return float(group[name].detach()) if number is None else number
+
+
+def meant(key: str, options: Iterable[str]) -> str | None:
+    """The option of which ``key`` is a misspelling, if it is one: by one letter, or by capitals and underscores.
+
+    Frameworks keep keys of their own in groups. Those that are made of an option's name (``no_weight_decay``, ``beta1``),
+    begin with another letter (``patch_size``) or are as short as ``lr`` are theirs.
+    """
+    typed = key.lower().replace("_", "").replace("-", "")
+    for option in options:
+        name = option.replace("_", "")
+        own = len(name) < 5 or name in typed or typed[:1] != name[0] or not typed.isalpha()
+        if typed == name or not own and _one_slip(typed, name):
+            return option
+    return None
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter more, less or other, or two neighbours that change places, make ``a`` of ``b``."""
+    same = len(os.path.commonprefix([a, b]))
+    a, b = a[same:], b[same:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or a[:2] == b[1::-1] and a[2:] == b[2:]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES, ALGORITHMS, complete_group
+from .algorithms import ADABAYES, ALGORITHMS, complete_group, make_plain, present
 from .gather import new_slot, new_step, own_copy
 from .scalars import SCALARS
 from .sharding import is_sharded, local
@@ -29,6 +29,15 @@ class _Hidden:
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
+
+
+def tidy_groups(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """The groups of a new state_dict with an edited ``sgd_lr`` taken up, so that nothing of it need be saved, and options
+    that were written to a group in another form as Python's own numbers."""
+    for group in state_dict["param_groups"]:
+        group.update(present(optimizer.algorithm, group))
+        group.pop("sgd_lr_of_r", None)
+        make_plain(group)
 
 
 def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +57,8 @@ def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             entry = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
             _check_kind(optimizer, i, entry)
             check_entry(optimizer.algorithm.slots, i, params[i], entry)
-            entry = {name: _Hidden(value) for name, value in entry.items()}
+            ours = ("step", *optimizer.algorithm.slots)  # what others keep there goes to the parameter's device as torch sees fit
+            entry = {name: _Hidden(value) if name in ours else value for name, value in entry.items()}
         state[i] = entry
     for group in groups:
         complete_group(optimizer.algorithm, dict(group))
@@ -83,7 +93,7 @@ def _check_kind(optimizer: _FusedOptimizer, i: int, entry: dict[str, Any]) -> No
 
 def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]) -> None:
     """Raises ValueError unless ``step`` is one number and each of ``slots`` that is there a tensor shaped like ``p``."""
-    if entry and torch.as_tensor(entry["step"]).numel() != 1:
+    if entry and torch.as_tensor(entry["step"], device=getattr(entry["step"], "device", "cpu")).numel() != 1:
         raise ValueError(f"loaded state dict: step of parameter {i} must be one number, given {entry['step']!r}")
     for name in slots:
         if name in entry and not isinstance(entry[name], Tensor):
@@ -111,14 +121,14 @@ def restore(optimizer: _FusedOptimizer, state_before: dict[Tensor, Any], groups_
         for p in group["params"]:
             if not optimizer.state.get(p):
                 continue
-            saved = {name: hidden.tensor for name, hidden in optimizer.state[p].items()}
+            loaded = optimizer.state[p]
+            saved = {name: value.tensor for name, value in loaded.items() if isinstance(value, _Hidden)}
             absent.update(set(optimizer.algorithm.stored(optimizer.lean)) - saved.keys())
             entry = _own_entry(optimizer, p, saved, slabs)
             if group["capturable"]:
                 present = state_before.get(p, {})
                 entry = {name: _stays(present.get(name), fresh, writes) for name, fresh in entry.items()}
-            ours = ("step", *optimizer.algorithm.slots)
-            optimizer.state[p] = {**entry, **{name: value for name, value in saved.items() if name not in ours}}
+            optimizer.state[p] = {**entry, **{name: value for name, value in loaded.items() if name not in saved}}
     for present, fresh in writes:
         present.detach().copy_(fresh)
     optimizer._slabs = slabs
@@ -144,7 +154,10 @@ def _option_stays(present: Any, loaded: Any, writes: list[tuple[Tensor, Tensor]]
     """``present``, noted in ``writes``, where it is a tensor; else the loaded value."""
     if not isinstance(present, Tensor) or loaded is None:
         return loaded
-    return _stays(present, torch.full_like(present, float(loaded)), writes)
+    fresh = torch.full_like(present, float(loaded))
+    if any(kept is present and not torch.equal(value, fresh) for kept, value in writes):
+        return fresh  # another group has the very tensor, and another value
+    return _stays(present, fresh, writes)
 
 
 def _stays(present: Any, fresh: Tensor, writes: list[tuple[Tensor, Tensor]]) -> Tensor:

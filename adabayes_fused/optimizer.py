@@ -5,13 +5,13 @@ The two classes are at the end; what they share is above them, a step's work in 
 
 from __future__ import annotations
 
-import difflib
-import numbers
+import functools
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import backends, checkpoint, clipping, sharding, warm_start
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_batch_size, check_group, check_step, complete_group
+from .algorithms import (
+    ADABAYES,
+    ADABAYES_FP,
+    Algorithm,
+    check_batch_size,
+    check_group,
+    check_step,
+    complete_group,
+    meant,
+    plain,
+    take_up_edits,
+)
 from .backends import native
 from .clipping import Scaling
 from .collect import collect
@@ -30,12 +41,39 @@ from .slabs import Slabs
 if TYPE_CHECKING:
     from .release import ReleasedGradients
 
-# Outside the groups: a checkpoint must not change it.
-_RUN_POLICY = ("backend", "lean", "fused_unscale", "max_grad_norm", "skip_nonfinite")
+# Options of the whole optimizer, and what they are in those pickled before there was the option. They are found in ``defaults``,
+# from which frameworks build an optimizer anew, and in no group: a checkpoint must not change them.
+_RUN_POLICY = {"backend": "auto", "lean": False, "fused_unscale": True, "max_grad_norm": None, "skip_nonfinite": False}
+
+
+class _AlsoInDefaults:
+    """An attribute that ``defaults`` holds too. It has no ``__get__``, so that reading it costs nothing more."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, optimizer: Optimizer, value: Any) -> None:
+        vars(optimizer)[self.name] = optimizer.defaults[self.name] = value
 
 
 by_name: weakref.WeakValueDictionary[str, _FusedOptimizer] = weakref.WeakValueDictionary()  # for operators.step_
 _numbers = count()
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def _found_in_groups(init: Init) -> Init:
+    """Lets ``batch_size`` be left out where every group has its own: Horovod builds an optimizer from another's groups alone."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, params: Any, *args: Any, **options: Any) -> None:
+        if "batch_size" not in options and not isinstance(params, Tensor):
+            params = list(params)
+            sizes = [group.get("batch_size") if isinstance(group, dict) else None for group in params]
+            if sizes and all(size is not None for size in sizes):  # a tensor compares with None in its own way
+                options["batch_size"] = sizes[0]
+        init(self, params, *args, **options)
+
+    return cast(Init, wrapper)
 
 
 class _FusedOptimizer(Optimizer):
@@ -46,30 +84,32 @@ class _FusedOptimizer(Optimizer):
     _grad_norm: float | Tensor | None
     _released: ReleasedGradients | None
     _skipped: Tensor
-    max_grad_norm: float | None = None  # here too for optimizers pickled before there were such
-    skip_nonfinite = False
+    if TYPE_CHECKING:
+        backend: str
+        lean: bool
+        fused_unscale: bool
+        max_grad_norm: float | None
+        skip_nonfinite: bool
+    else:
+        backend, lean, fused_unscale, max_grad_norm, skip_nonfinite = (_AlsoInDefaults() for _ in _RUN_POLICY)
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        lean: bool,
-        backend: str,
-        fused_unscale: bool,
-        max_grad_norm: float | None,
-        skip_nonfinite: bool,
-    ) -> None:
-        backends.check_name(backend)
-        for name, flag in (("lean", lean), ("fused_unscale", fused_unscale)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"Invalid {name} value: {flag!r} (allowed: True or False)")
-        clipping.check(max_grad_norm, skip_nonfinite)
-        self.backend, self.lean, self.fused_unscale = backend, lean, fused_unscale
-        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        check_group(self.algorithm, defaults)  # before the parameters are looked at, as torch does
+    def __init__(self, params: ParamsT, options: dict[str, Any], policy: dict[str, Any]) -> None:
+        backends.check_name(policy["backend"])
+        for name in ("lean", "fused_unscale"):
+            if not isinstance(policy[name], bool):
+                raise TypeError(f"Invalid {name} value: {policy[name]!r} (allowed: True or False)")
+        clipping.check(policy["max_grad_norm"], policy["skip_nonfinite"])
+        check_group(self.algorithm, options)  # before the parameters are looked at, as torch does
         self._forget_run()
-        super().__init__(params, {**defaults, "differentiable": False})
+        self.defaults = {**options, **policy}
+        vars(self).update(policy)
+        if not isinstance(params, Tensor):  # which torch refuses
+            params = list(params)  # type: ignore[assignment]
+            groups = [group for group in params if isinstance(group, dict)]
+            for group in groups:  # all of them before the first is changed
+                self._completed(group)
+            self._warn_of_lost_policy(groups)
+        super().__init__(params, self.defaults)
 
     # --- Groups and options -------------------------------------------------------------------------------------------
 
@@ -77,25 +117,50 @@ class _FusedOptimizer(Optimizer):
         """Adds a group as torch.optim does, and fixes its ``r = sgd_lr / lr``; lr alone is scheduled afterwards."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        for key in param_group.keys() - self.defaults.keys() - {"params", "r", "first_prior"}:
-            if key in _RUN_POLICY:
-                if param_group[key] == getattr(self, key):  # repeated, as ZeroRedundancyOptimizer does
-                    continue
-                raise ValueError(
-                    f"{key} is an option of the whole optimizer, not of a parameter group; give it to the constructor"
+        group = self._completed(param_group)
+        for key in map(str, param_group.keys() - self.defaults.keys()):
+            if option := meant(key, self.defaults):
+                warnings.warn(
+                    f"a parameter group has the key {key!r}, which no step reads; did you mean {option!r}?", stacklevel=2
                 )
-            close = difflib.get_close_matches(str(key), (*self.defaults, *_RUN_POLICY), n=1, cutoff=0.8)
-            if close:
-                raise ValueError(f"unknown option {key!r} in a parameter group; did you mean {close[0]!r}?")
-        group = {**self.defaults, **param_group}
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].detach().clone()  # each group's own: schedulers write it in place
-        complete_group(self.algorithm, group)
-        super().add_param_group(group)
+        super().add_param_group(group)  # a copy: if torch refuses it, the group that was given is as it was
+        self.param_groups.pop()
         once = dict(zip(group["params"], group.get("param_names", group["params"]), strict=True))  # torch has warned of doubles
         group["params"] = list(once)
         if "param_names" in group:
             group["param_names"] = list(once.values())
+        param_group.update(group)
+        for name in _RUN_POLICY:
+            param_group.pop(name, None)
+        self.param_groups.append(param_group)  # the very dict, as in torch: its owner may go on editing it
+
+    def _completed(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """A copy of the group with all its options, checked."""
+        for key in param_group.keys() & _RUN_POLICY.keys():
+            if param_group[key] != getattr(self, key):  # ZeroRedundancyOptimizer repeats them
+                raise ValueError(
+                    f"{key} is an option of the whole optimizer, not of a parameter group; give it to the constructor"
+                )
+        group = {**{name: self.defaults[name] for name in self.defaults.keys() - _RUN_POLICY.keys()}, **param_group}
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].detach().clone()  # each group's own: schedulers write it in place
+        complete_group(self.algorithm, group)
+        return group
+
+    def _warn_of_lost_policy(self, groups: list[dict[str, Any]]) -> None:
+        """Horovod builds an optimizer anew from another's groups alone, which do not hold the options of the whole optimizer."""
+        given = set(map(id, groups))
+        for other in list(by_name.values()):
+            if other is not self and given & set(map(id, getattr(other, "param_groups", ()))):
+                lost = {name: getattr(other, name) for name, usual in _RUN_POLICY.items() if getattr(self, name) == usual}
+                lost = {name: value for name, value in lost.items() if value != _RUN_POLICY[name]}
+                if lost:
+                    options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
+                    warnings.warn(
+                        f"these groups are of an optimizer with {options}, which groups do not hold, so that the new one is without; "
+                        "give the constructor **optimizer.defaults, or set the attributes of the new one",
+                        stacklevel=4,
+                    )
 
     def set_batch_size(self, n: float | Tensor) -> None:
         """Tells every group how many examples the mean loss of the next steps averages over::
@@ -115,8 +180,7 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError or TypeError, as a group with this batch_size would; nothing has changed then.
         """
-        if isinstance(n, Tensor) and n.numel() == 1 or isinstance(n, numbers.Number) and hasattr(n, "item"):
-            n = n.item()  # a number of Python's own, which every checkpoint takes
+        n = n.item() if isinstance(n, Tensor) and n.numel() == 1 else plain(n)
         check_batch_size(n)
         for group in self.param_groups:
             check_step(self.algorithm, {**group, "batch_size": n})
@@ -128,7 +192,7 @@ class _FusedOptimizer(Optimizer):
         self.defaults["batch_size"] = n  # of groups to come
         for group in self.param_groups:
             if isinstance(group["batch_size"], Tensor):
-                group["batch_size"].fill_(n)
+                group["batch_size"].detach().fill_(n)
             else:
                 group["batch_size"] = n
 
@@ -145,9 +209,12 @@ class _FusedOptimizer(Optimizer):
             self._forget_run()
         self._kept_reader = None  # it knows the state that was
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch puts it there; the constructors have no such option
+        self.defaults.update({name: vars(self).setdefault(name, before) for name, before in _RUN_POLICY.items()})
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name not in _RUN_POLICY:
+                    group.setdefault(name, value)
             complete_group(self.algorithm, group)
 
     @property
@@ -195,6 +262,8 @@ class _FusedOptimizer(Optimizer):
         groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
         for group in groups:
             check_step(self.algorithm, group)
+        for group in groups:
+            take_up_edits(self.algorithm, group)
         clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = self._counts_on_device(grad_scale, found_inf)
@@ -271,6 +340,14 @@ class _FusedOptimizer(Optimizer):
         by_name[self._name] = self
 
     # --- Saving and loading -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, with the options as numbers that ``torch.load(weights_only=True)`` takes."""
+        hook = self.register_state_dict_post_hook(checkpoint.tidy_groups, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
@@ -365,6 +442,7 @@ class AdaBayes(_FusedOptimizer):
 
     algorithm = ADABAYES
 
+    @_found_in_groups
     def __init__(
         self,
         params: ParamsT,
@@ -384,7 +462,7 @@ class AdaBayes(_FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        defaults = dict(
+        options = dict(
             lr=lr,
             batch_size=batch_size,
             sgd_lr=sgd_lr,
@@ -395,15 +473,14 @@ class AdaBayes(_FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        super().__init__(
-            params,
-            defaults,
+        policy = dict(
             lean=lean,
             backend=backend,
             fused_unscale=fused_unscale,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
         )
+        super().__init__(params, options, policy)
 
 
 class AdaBayesFP(_FusedOptimizer):
@@ -449,7 +526,7 @@ class AdaBayesFP(_FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        defaults = dict(
+        options = dict(
             lr=lr,
             sgd_lr=sgd_lr,
             betas=betas,
@@ -459,12 +536,11 @@ class AdaBayesFP(_FusedOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        super().__init__(
-            params,
-            defaults,
+        policy = dict(
             lean=lean,
             backend=backend,
             fused_unscale=fused_unscale,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
         )
+        super().__init__(params, options, policy)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, adabayes_fp_coefficients, variance_units
+from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, adabayes_fp_coefficients, present, variance_units
 from .gather import as_real, state_dtype
 from .optimizer import _FusedOptimizer
 from .scalars import on, scalars, wide
@@ -87,7 +87,7 @@ class Reading:
         self.device, self.dtype = p.device, wide(p.device)
         self.param, self.values = p, local(p).numel() * (2 if p.is_complex() else 1)
         self.algorithm, self.lean = optimizer.algorithm, optimizer.lean
-        self.group = scalars(group, self._scalar)
+        self.group = scalars({**present(optimizer.algorithm, group)}, self._scalar)
         self.state: Mapping[str, Any] = optimizer.state.get(p) or {}
         self.step = self._scalar(self.state.get("step", 0))
 
@@ -113,6 +113,7 @@ class Reading:
             return self._slot("post_var")
         *_, forget, drift = adabayes_coefficients(self.group, self._last_step)
         taken = self.step > 0  # nothing has drifted before
+        taken = taken.to(self.dtype) if isinstance(taken, Tensor) else taken
         post: Tensor = (self._slot("prior_var") - drift * taken) / (1.0 - forget * taken)
         return post.clamp_(min=0.0)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, check_step, complete_group, take_up_edits
+from .scalars import scalars
 
 __all__ = ["AdaBayes", "AdaBayesFP"]
 
@@ -41,9 +42,11 @@ class _Reference(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_step(self.algorithm, group)
+            take_up_edits(self.algorithm, group)
+            numbers = scalars(group, float)
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, self.state[p], group)
+                    self._update(p, p.grad, self.state[p], numbers)
         return loss
 
     def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -113,8 +116,8 @@ class AdaBayes(_Reference):
         )
 
     def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        eta, batch_size = float(group["lr"]), float(group["batch_size"])
-        sigma_sq = eta * float(group["r"]) / batch_size  # eta_SGD / minibatch size; eta_SGD follows the schedule of eta
+        eta, batch_size = group["lr"], group["batch_size"]
+        sigma_sq = eta * group["r"] / batch_size  # eta_SGD / minibatch size; eta_SGD follows the schedule of eta
         g, debias1, _ = self._moments(p, grad, state, group, batch_size)
         if "prior_var" not in state:
             state["prior_var"] = torch.full_like(state["exp_avg"], group["first_prior"])
@@ -170,8 +173,8 @@ class AdaBayesFP(_Reference):
         )
 
     def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        eta, batch_size = float(group["lr"]), float(group["batch_size"] or 1)  # the batch size cancels in the weights
-        sigma_sq = eta * float(group["r"]) / batch_size
+        eta, batch_size = group["lr"], group["batch_size"] or 1.0  # the batch size cancels in the weights
+        sigma_sq = eta * group["r"] / batch_size
         _, debias1, debias2 = self._moments(p, grad, state, group, batch_size)
         if eta == 0:
             return

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .algorithms import pair, plain
 
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # numbers or one-element tensors; betas too
 
@@ -14,14 +17,26 @@ SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # num
 def tensor_options(group: dict[str, Any]) -> dict[str, Tensor]:
     """The group's options that are tensors, by name; those in ``betas`` as "betas[0]" and "betas[1]"."""
     found = [(name, group.get(name)) for name in SCALARS]
-    found += [(f"betas[{i}]", beta) for i, beta in enumerate(group["betas"])]
+    found += [(f"betas[{i}]", beta) for i, beta in enumerate(pair(group["betas"]))]
     return {name: value for name, value in found if isinstance(value, Tensor)}
 
 
 def scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The group with ``convert`` applied to every hyper-parameter that is a number or a one-element tensor."""
-    found = {name: convert(group[name]) for name in SCALARS if group.get(name) is not None}
-    return {**group, **found, "betas": tuple(map(convert, group["betas"]))}
+    """The group with ``convert`` applied to every hyper-parameter that is a number or a one-element tensor. What a schedule
+    has put below 0 by rounding is 0."""
+    found = {name: convert(_number(group[name])) for name in SCALARS if group.get(name) is not None}
+    betas = tuple(_not_negative(convert(_number(beta))) for beta in pair(group["betas"]))
+    for name in ("lr", "weight_decay"):
+        found[name] = _not_negative(found[name])
+    return {**group, **found, "betas": betas}
+
+
+def _number(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else plain(value)
+
+
+def _not_negative(value: Any) -> Any:
+    return value.clamp(min=0.0) if isinstance(value, Tensor) else max(value, 0.0)
 
 
 def on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
@@ -34,4 +49,18 @@ def on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
 
 def wide(device: torch.device) -> torch.dtype:
     """The type that scalars are computed in there: float64, or float32 where the device has no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") or _has_float64(device) else torch.float32
+
+
+@functools.cache
+def _has_float64(device: torch.device) -> bool:
+    """Asks the device: Apple's GPUs have no float64, and some of Intel's have none where others of the same name have it."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    try:
+        torch.ones((), dtype=torch.float64, device=device).add(1.0)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True

@@ -111,12 +111,6 @@ def test_memory_that_runs_out_while_state_is_made(monkeypatch):
     assert [float(optimizer.state[p]["step"]) for p in params] == [1.0, 1.0, 1.0]
 
 
-def test_mistyped_group_option():
-    with pytest.raises(ValueError, match="unknown option 'weight_decya'.*did you mean 'weight_decay'"):
-        AdaBayesFP([dict(params=[parameter(3)], weight_decya=0.1)])
-    AdaBayesFP([dict(params=[parameter(3)], name="head", max_lr=1.0, initial_lr=1e-3)])  # frameworks' own keys are theirs
-
-
 def unchanged_by(optimizer, error, words):
     """step() raises, and weights, state and step counts are as before."""
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -364,3 +364,44 @@ def test_state_that_nobody_else_holds_is_looked_at_once():
         found.append(optimizer._kept_reader[1].looked_at())
     assert held is None
     assert found == [50, 50, 0, 50, 50, 1]  # made; first seen; asked for; asked for and one held; that one
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", FUSED)
+def test_what_others_keep_in_the_state_is_moved_as_torch_moves_it(name, device, dtype):
+    """Tensors of other names, in containers too, follow the parameter's device and dtype; ours keep their own dtype."""
+
+    def loaded(make_one):
+        p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+        first, second = make_one(p), make_one(q)
+        p.grad = torch.ones(3)
+        first.step()
+        first.state[p].update(
+            slow_buffer=torch.ones(3),
+            nested={"step": torch.tensor(3), "values": [torch.ones(2), torch.arange(2)]},
+            count=7,
+            ids=torch.arange(3),
+            double=torch.ones((), dtype=torch.float64),
+        )
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        state = second.state[q]
+        leaves = [state["slow_buffer"], *state["nested"]["values"], state["nested"]["step"], state["ids"], state["double"]]
+        return [(t.dtype, t.device.type) for t in leaves], state["count"], type(state["nested"]["values"]), state["exp_avg"].dtype
+
+    ours, theirs = loaded(lambda p: make(name, [p], "foreach")), loaded(lambda p: torch.optim.AdamW([p]))
+    assert ours[:3] == theirs[:3]
+    assert ours[3] == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_tensor_that_two_groups_share_takes_no_other_groups_value(name):
+    """Both groups had the very tensor; the checkpoint gives each its own value."""
+    decay = torch.tensor(0.05)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": value} for value in (0.1, 0.2)]
+    saved = FUSED[name](groups, **OPTIONS[name]).state_dict()
+    optimizer = FUSED[name](
+        [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)], weight_decay=decay, **OPTIONS[name]
+    )
+    optimizer.load_state_dict(saved)
+    assert [float(group["weight_decay"]) for group in optimizer.param_groups] == pytest.approx([0.1, 0.2])
