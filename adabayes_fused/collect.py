@@ -51,7 +51,7 @@ def collect(optimizer: _FusedOptimizer, given: list[Item] | None, scaling: Scali
     finally:
         if run is None:
             for p in created:
-                del vars(optimizer)["state"][p]
+                del optimizer._kept_state[p]
             if batch is not None:
                 batch.clear()
     return run
@@ -119,7 +119,7 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     lrs = [group["lr"] for group in optimizer.param_groups]
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
         return False
-    if watched() or len(created) < len(vars(optimizer)["state"]) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if watched() or len(created) < len(optimizer._kept_state) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
     # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
     nonzero: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -137,7 +137,7 @@ def _add(batch: Any, p: Prepared) -> bool:
 
 def _item(optimizer: _FusedOptimizer, g: int, i: int) -> Item:
     p = optimizer.param_groups[g]["params"][i]
-    return Item(g, i, p, p.grad, vars(optimizer)["state"].get(p, {}))
+    return Item(g, i, p, p.grad, optimizer._kept_state.get(p, {}))
 
 
 def _unread(optimizer: _FusedOptimizer) -> list[Item]:
@@ -151,7 +151,7 @@ def _read(optimizer: _FusedOptimizer, batch: Any) -> list[Item]:
     held = _references(optimizer) > _REFERENCES_OF_ONE
     # A norm sums what is spread over processes apart from what each has whole.
     batch.begin(optimizer._slabs.all, optimizer._state_asked_for, held, clipping.reads_gradients_first(optimizer))
-    state, groups = vars(optimizer)["state"], enumerate(optimizer.param_groups)
+    state, groups = optimizer._kept_state, enumerate(optimizer.param_groups)
     return [_item(optimizer, g, i) for g, group in groups for i in batch.read(group["params"], state, g)]
 
 
@@ -171,15 +171,15 @@ def _read_given(optimizer: _FusedOptimizer, batch: Any, given: list[Item]) -> li
 
 
 def _references(owner: Any) -> int:
-    return sys.getrefcount(vars(owner)["state"])
+    return sys.getrefcount(owner._kept_state)
 
 
-_REFERENCES_OF_ONE = _references(SimpleNamespace(state={}))  # what is counted where nobody else holds the state
+_REFERENCES_OF_ONE = _references(SimpleNamespace(_kept_state={}))  # what is counted where nobody else holds the state
 
 
 def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, created: list[Tensor]) -> list[Prepared]:
     names = optimizer.algorithm.stored(optimizer.lean)
-    state = vars(optimizer)["state"]
+    state = optimizer._kept_state
     entries = (entry for entry in state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
     optimizer._slabs.forget_unused(entry.get(name) for entry in entries for name in ("step", *names))
     for item in items:

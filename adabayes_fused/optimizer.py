@@ -80,6 +80,8 @@ class _FusedOptimizer(Optimizer):
     algorithm: Algorithm
 
     _kept_reader: tuple[Any, Any] | None
+    _kept_state: defaultdict[Tensor, Any]  # what ``state`` is; under a name of its own, so that nobody reads it past ``state``
+    _state_asked_for = 0  # times
     _params: list[Tensor]  # operators.py
     _grad_norm: float | Tensor | None
     _released: ReleasedGradients | None
@@ -209,6 +211,7 @@ class _FusedOptimizer(Optimizer):
             self._forget_run()
         self._kept_reader = None  # it knows the state that was
         super().__setstate__(state)
+        self.state = vars(self).pop("state")  # torch writes past the property
         self.defaults.pop("differentiable", None)  # torch puts it there; the constructors have no such option
         self.defaults.update({name: vars(self).setdefault(name, before) for name, before in _RUN_POLICY.items()})
         for group in self.param_groups:
@@ -221,13 +224,12 @@ class _FusedOptimizer(Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """Each parameter's state: ``step`` and the slots. Whoever asks may change it: the next step looks at all of it."""
         self._state_asked_for += 1
-        kept: defaultdict[Tensor, Any] = vars(self)["state"]
-        return kept
+        return self._kept_state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._state_asked_for = getattr(self, "_state_asked_for", 0) + 1
-        vars(self)["state"] = state
+        self._state_asked_for += 1
+        self._kept_state = state
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -331,7 +333,7 @@ class _FusedOptimizer(Optimizer):
         self._kept_reader = None
         self._released = None
         self._slabs = Slabs()
-        self._state_asked_for = 0  # times
+        self._state_asked_for = 0
         self._kept_alive: list[Tensor] = []
         self._counted_on_device = False
         self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")

@@ -128,7 +128,7 @@ class ReleasedGradients:
                 return
             _check_options(optimizer)
             _check_scaling(optimizer)
-            item = Item(*place, p, grad, vars(optimizer)["state"].get(p, {}))
+            item = Item(*place, p, grad, optimizer._kept_state.get(p, {}))
             optimizer._step([item])
             p.grad = None
             # Behind autograd's back the weights would be wrong, silently, for a part of the graph that still needs them.

@@ -46,7 +46,7 @@ def values(params, optimizer):
     """Of each parameter: its weight and state, as they are now. What is new and at its start is no state."""
     found = []
     for p in params:
-        entry = {name: value.clone() for name, value in (vars(optimizer)["state"].get(p) or {}).items()}
+        entry = {name: value.clone() for name, value in (optimizer._kept_state.get(p) or {}).items()}
         if all(name in entry and bool((entry[name] == value).all()) for name, value in START.items()):
             entry = {}
         found.append({"weight": p.detach().clone(), **entry})

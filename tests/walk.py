@@ -75,7 +75,7 @@ class Side:
 
     def entry(self, i):
         """The state of a parameter, without the optimizer noticing that it was asked for."""
-        return vars(self.optimizer)["state"].get(self.params[i]) or {}
+        return self.optimizer._kept_state.get(self.params[i]) or {}
 
     def snapshot(self):
         weights = [p.detach().clone() for p in self.params]
@@ -299,7 +299,7 @@ class Walk:
                 p.detach().copy_(q.detach())
                 if isinstance(expected.get("post_var"), torch.Tensor):
                     found["post_var"].copy_(expected["post_var"])
-        if len(vars(a.optimizer)["state"]) != len(vars(b.optimizer)["state"]):
+        if len(a.optimizer._kept_state) != len(b.optimizer._kept_state):
             raise Found("state of parameters that are no more")
         if int(a.optimizer.skipped_steps) != int(b.optimizer.skipped_steps):
             raise Found(f"{a.optimizer.skipped_steps} steps skipped; the referee's {b.optimizer.skipped_steps}")
@@ -327,10 +327,7 @@ class Walk:
     # --- Events: state ------------------------------------------------------------------------------------------------
 
     def way(self):
-        """How somebody gets at the state: asking for it, or past the property."""
-        if "vars" not in self.without and self.chance(0.2):
-            self.note("  through vars()")
-            return lambda side: vars(side.optimizer)["state"]
+        """How somebody gets at the state."""
         return lambda side: side.optimizer.state
 
     def delete_state(self):
@@ -384,18 +381,14 @@ class Walk:
 
     def new_state_dict(self):
         """The whole dict of dicts exchanged."""
-        past = "vars" not in self.without and self.chance(0.3)
         cloned = self.chance(0.5)
-        self.note("another dict for the state", "through vars()" if past else "", "cloned" if cloned else "")
+        self.note("another dict for the state", "cloned" if cloned else "")
 
         def act(side):
             new = defaultdict(dict)
             for p, entry in side.optimizer.state.items():
                 new[p] = {k: v.clone() if cloned and isinstance(v, torch.Tensor) else v for k, v in entry.items()}
-            if past:
-                vars(side.optimizer)["state"] = new
-            else:
-                side.optimizer.state = new
+            side.optimizer.state = new
 
         self.both(act)
 
@@ -813,7 +806,7 @@ EVENTS = {
     "canary": Walk.canary,
     "wrong": Walk.wrong,
 }
-ALSO_WITHOUT = ("vars", "lazy", "empty", "tuple")
+ALSO_WITHOUT = ("lazy", "empty", "tuple")
 
 
 def one(seed, without=(), subject=None, verbose=False):
