@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kMaxDims = 16;
+constexpr size_t kAhead = 4;  // parameters
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
@@ -129,6 +130,10 @@ bool Batch::describe(PyObject* object, dlpack::Tensor& out) const {
   if (api_->tensor_from_object(object, &out) == 0) return out.data || numel_of(out) == 0;
   PyErr_Clear();
   return false;
+}
+
+void Batch::fetch(PyObject* tensor) const {
+  if (Py_TYPE(tensor) == parameter_type_) plain_.fetch(tensor);
 }
 
 // param.grad. Of torch's own types by torch's own getter, without looking it up each time; others may have one of their own.
@@ -275,10 +280,13 @@ py::list Batch::read(py::object params, py::dict state, int group) {
   const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "a group's params must be a sequence"));
   if (!sequence) throw py::error_already_set();
   const size_t n = PySequence_Fast_GET_SIZE(sequence.ptr());
+  PyObject* const* items = PySequence_Fast_ITEMS(sequence.ptr());
   if (kept_.size() < position_ + n) kept_.resize(position_ + n);
   py::list left;
   for (size_t i = 0; i < n; ++i) {
-    PyObject* param = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
+    PyObject* param = items[i];
+    if (i + 2 * kAhead < n) __builtin_prefetch(items[i + 2 * kAhead]);
+    if (i + kAhead < n) fetch(items[i + kAhead]);
     Kept& kept = kept_[position_++];
     const py::object grad = grad_of(param);
     if (grad.is_none() || take(kept, param, grad.ptr(), group, {}, [&](State& out) { return find(state.ptr(), param, out); })) continue;

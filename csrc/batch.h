@@ -79,6 +79,7 @@ class Batch {
   void reset();
   bool describe(PyObject* object, dlpack::Tensor& out) const;
   py::object grad_of(PyObject* param) const;
+  void fetch(PyObject* tensor) const;
   py::object part_of(PyObject* tensor, PyObject* placed_like) const;
   bool find(PyObject* state, PyObject* param, State& out) const;
   bool look_at(Kept& kept, PyObject* param, const dlpack::Tensor& described, DType dtype, const State& state) const;

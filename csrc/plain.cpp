@@ -47,3 +47,9 @@ bool PlainTensors::contains(PyObject* tensor) const {
   const auto* implementation = reinterpret_cast<const void*>(word(tensor, implementation_));
   return (word(implementation, keys_) & ~device_bits_) == plain_;
 }
+
+void PlainTensors::fetch(PyObject* tensor) const {
+  if (!implementation_) return;
+  const auto* implementation = reinterpret_cast<const char*>(word(tensor, implementation_));
+  for (size_t line = 0; line < kImplementation - 64; line += 64) __builtin_prefetch(implementation + line);
+}

@@ -17,6 +17,9 @@ class PlainTensors {
   // Of a tensor that is of torch's own Python types.
   bool contains(PyObject* tensor) const;
 
+  // Asks the memory for a tensor's description, which is read soon: a thousand of them are thousands of cold places.
+  void fetch(PyObject* tensor) const;
+
  private:
   size_t implementation_ = 0, keys_ = 0;  // bytes from the start of the Python object and of torch's object; 0: not found
   uint64_t plain_, device_bits_;
