@@ -258,7 +258,7 @@ def edits(name):
 
 def test_every_option_of_a_group_is_edited():
     for name, cls in FUSED.items():
-        options = make(name, [parameter()]).param_groups[0].keys() - {"params", "first_prior", "sgd_lr_of_r"}
+        options = make(name, [parameter()]).param_groups[0].keys() - {"params", "first_prior"}
         assert options == {key for edit in edits(name) for key in edit}
         assert options - {"r"} <= inspect.signature(cls).parameters.keys()
 
@@ -368,15 +368,38 @@ def test_an_edit_of_sgd_lr_acts_once_however_it_is_kept(name, way, tensor):
 def test_old_checkpoints_and_groups_put_in_place(name):
     optimizer = make(name, [parameter()], sgd_lr=0.7)
     saved = make(name, [parameter()]).state_dict()
-    assert "sgd_lr_of_r" not in saved["param_groups"][0]
+    assert saved["param_groups"][0].keys() == optimizer.param_groups[0].keys()  # torch.distributed.checkpoint relies on it
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert optimizer.param_groups[0]["r"] == 100
-    optimizer.param_groups = [{key: value for key, value in optimizer.param_groups[0].items() if key != "sgd_lr_of_r"}]
+    optimizer.param_groups = [dict(optimizer.param_groups[0])]
     optimizer.step()
     optimizer.param_groups[0]["sgd_lr"] = 0.2
     optimizer.step()
     assert optimizer.param_groups[0]["r"] == 200
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_an_edit_survives_a_load_that_fails(name):
+    optimizer = make(name, [parameter()])
+    optimizer.param_groups[0]["sgd_lr"] = 0.2
+    bad = optimizer.state_dict()
+    bad["param_groups"][0]["r"] = -1.0
+    with pytest.raises(ValueError, match="Invalid r"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.param_groups[0]["r"] == 100
+    optimizer.step()
+    assert optimizer.param_groups[0]["r"] == 200
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_group_that_was_taken_away_is_not_kept(name):
+    kept = parameter()
+    optimizer = make(name, [{"params": [kept]}, {"params": [parameter(1)]}])
+    optimizer.step()
+    del optimizer.param_groups[1]
+    optimizer.step()
+    assert {id(group) for group in optimizer.param_groups} == optimizer._known_sgd_lrs.keys()
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -438,7 +461,7 @@ def test_reading_sees_an_edit_and_changes_nothing(name):
     read = posterior(optimizer, p).variance
     assert optimizer.param_groups[0]["r"] == 100
     optimizer.param_groups[0]["r"] = 700.0
-    optimizer.param_groups[0]["sgd_lr_of_r"] = 0.7
+    optimizer.param_groups[0]["sgd_lr"] = 0.1
     torch.testing.assert_close(read, posterior(optimizer, p).variance)
 
 
@@ -548,8 +571,7 @@ def test_pickled_before_there_were_the_options():
     for key in ("max_grad_norm", "skip_nonfinite"):
         state.pop(key)
     state["defaults"]["differentiable"] = False
-    for group in state["param_groups"]:
-        group.pop("sgd_lr_of_r")
+    state.pop("_known_sgd_lrs")
     old = AdaBayes.__new__(AdaBayes)
     old.__setstate__(state)
     assert old.defaults == make("AdaBayes", [parameter()], lean=True).defaults
