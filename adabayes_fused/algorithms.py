@@ -272,7 +272,7 @@ def present(algorithm: Algorithm, group: Group, known: Any) -> Group:
 
 
 def take_up_edits(algorithm: Algorithm, group: dict[str, Any], known: Any) -> Any:
-    """Writes what follows from an edited ``sgd_lr`` into the group, ``r`` in place where it is a tensor, which a CUDA graph reads.
+    """Writes what follows from an edited ``sgd_lr`` into the group; ``r`` in place where it is a tensor that a CUDA graph reads.
     Returns what is ``known`` from now on."""
     now = present(algorithm, group, known)
     if now is not group:
@@ -314,7 +314,9 @@ def _number_of(group: Group, name: str) -> float:
     """An option as a float, waiting for an accelerator if it must: for what happens once."""
     number = _number(group[name], name)
     if number is None and group[name].is_meta:
-        raise ValueError(f"{name} is a tensor on the meta device, which holds no number (allowed: a number, or a tensor elsewhere)")
+        raise ValueError(
+            f"{name} is a tensor on the meta device, which holds no number (allowed: a number, or a tensor elsewhere)"
+        )
     return float(group[name].detach()) if number is None else number
 
 

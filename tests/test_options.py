@@ -153,7 +153,9 @@ def test_tensors_stay_tensors(name):
 
 
 @pytest.mark.parametrize(
-    "betas", ["ab", {0: 0.9, 1: 0.99}, {0.9, 0.99}, 0.9, np.array(0.9), [0.9], np.ones((2, 2)), torch.ones(2, 2), (0.9, "b")], ids=str
+    "betas",
+    ["ab", {0: 0.9, 1: 0.99}, {0.9, 0.99}, 0.9, np.array(0.9), [0.9], np.ones((2, 2)), torch.ones(2, 2), (0.9, "b")],
+    ids=str,
 )
 @pytest.mark.parametrize("name", FUSED)
 def test_what_are_no_betas(name, betas):
@@ -166,7 +168,9 @@ def test_what_are_no_betas(name, betas):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("lr", [np.ones(2), np.array([]), 1j, np.complex64(1), np.bool_(True), torch.tensor(True), object()], ids=str)
+@pytest.mark.parametrize(
+    "lr", [np.ones(2), np.array([]), 1j, np.complex64(1), np.bool_(True), torch.tensor(True), object()], ids=str
+)
 def test_what_is_no_number(lr):
     for cls in (FUSED["AdaBayesFP"], SLOW["AdaBayesFP"]):
         with pytest.raises(TypeError, match="lr must be a"):
@@ -187,11 +191,70 @@ def test_set_batch_size_in_a_tensor_that_requires_grad():
 
 # --- Keys that are no options -----------------------------------------------------------------------------------------
 
-KEYS = """wd_mult lr_mult lr_scale use_weight_decay base_weight_decay weight_decay_mult no_weight_decay weight_decays l2_weight_decay
-    mini_batch_size micro_batch_size batch_sizes patch_size grad_norm grad_clip max_norm initial_lr max_lr min_lr base_lr lr2 lrs
-    layer_decay layer_id name names group_name mean lead learn clean step steps beta1 beta2 beta3 eps2 epsilon momentum nesterov
-    base_momentum max_momentum foreach fused differentiable amsgrad decoupled_weight_decay minimize trust_ratio is_expert_parallel
-    default_config weight_lr_power rho k r_max transitions translation norm_type apply_decay wd_ratio swa_lr lookahead""".split()
+KEYS = [
+    "wd_mult",
+    "lr_mult",
+    "lr_scale",
+    "use_weight_decay",
+    "base_weight_decay",
+    "weight_decay_mult",
+    "no_weight_decay",
+    "weight_decays",
+    "l2_weight_decay",
+    "mini_batch_size",
+    "micro_batch_size",
+    "batch_sizes",
+    "patch_size",
+    "grad_norm",
+    "grad_clip",
+    "max_norm",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_lr",
+    "lr2",
+    "lrs",
+    "layer_decay",
+    "layer_id",
+    "name",
+    "names",
+    "group_name",
+    "mean",
+    "lead",
+    "learn",
+    "clean",
+    "step",
+    "steps",
+    "beta1",
+    "beta2",
+    "beta3",
+    "eps2",
+    "epsilon",
+    "momentum",
+    "nesterov",
+    "base_momentum",
+    "max_momentum",
+    "foreach",
+    "fused",
+    "differentiable",
+    "amsgrad",
+    "decoupled_weight_decay",
+    "minimize",
+    "trust_ratio",
+    "is_expert_parallel",
+    "default_config",
+    "weight_lr_power",
+    "rho",
+    "k",
+    "r_max",
+    "transitions",
+    "translation",
+    "norm_type",
+    "apply_decay",
+    "wd_ratio",
+    "swa_lr",
+    "lookahead",
+]
 SLIPS = dict(
     weight_decya="weight_decay",
     weigth_decay="weight_decay",
@@ -293,7 +356,9 @@ def test_an_edit_acts_at_the_next_step_as_in_a_fresh_group(name, edit, backend, 
     assert unchanged == (edit.keys() <= no_effect)
 
 
-@pytest.mark.parametrize(("key", "value"), [("sgd_lr", 0.0), ("sgd_lr", math.nan), ("sgd_lr", "a"), ("r", -1.0), ("r", math.nan), ("r", 0.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("sgd_lr", 0.0), ("sgd_lr", math.nan), ("sgd_lr", "a"), ("r", -1.0), ("r", math.nan), ("r", 0.0)]
+)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_bad_edit_changes_nothing(name, key, value):
     p = parameter()
@@ -491,7 +556,16 @@ def test_the_dict_that_was_given_is_the_group(name):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(lr=-1.0), dict(lean=True), dict(params=["text"]), dict(params={torch.ones(1)}), dict(params=[torch.ones(2) + 1]), dict(sgd_lr=0)], ids=str
+    "bad",
+    [
+        dict(lr=-1.0),
+        dict(lean=True),
+        dict(params=["text"]),
+        dict(params={torch.ones(1)}),
+        dict(params=[torch.ones(2) + 1]),
+        dict(sgd_lr=0),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", FUSED)
 def test_a_group_that_is_refused_is_left_as_it_was(name, bad):
