@@ -175,7 +175,7 @@ class _FusedOptimizer(Optimizer):
                 if lost:
                     options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
                     warnings.warn(
-                        f"these groups are of an optimizer with {options}. Groups do not hold that, and the new optimizer is without; "
+                        f"these groups are of an optimizer with {options}. Groups do not hold that, the new one is without; "
                         "give the constructor **optimizer.defaults, or set the attributes of the new one",
                         stacklevel=4,
                     )
