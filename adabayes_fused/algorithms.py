@@ -203,9 +203,10 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
         raise TypeError(f"Invalid variance_follows_lr value: {group['variance_follows_lr']!r} (allowed: True or False)")
 
 
-def check_step(algorithm: Algorithm, group: Group) -> None:
-    """What has to hold at each step: the ranges, and a transition that is stable at this learning rate."""
-    group = present(algorithm, group)
+def check_step(algorithm: Algorithm, group: Group, known: Any = None) -> None:
+    """What has to hold at each step: the ranges, and a transition that is stable at this learning rate. ``known`` as in
+    :func:`present`."""
+    group = present(algorithm, group, known)
     check_group(algorithm, group)
     _check_r(algorithm, group)
     if algorithm is not ADABAYES or group["transition"] != "paper":
@@ -242,15 +243,14 @@ def _check_r(algorithm: Algorithm, group: Group) -> None:
         raise ValueError(f"Invalid r: {group['r']} (allowed: sgd_lr / lr, {_allowed_sgd_lr(algorithm)})")
 
 
-def present(algorithm: Algorithm, group: Group) -> Group:
+def present(algorithm: Algorithm, group: Group, known: Any) -> Group:
     """The group as the next step takes it: itself, or, where ``sgd_lr`` was edited, a copy with the ``r`` that follows.
 
-    ``sgd_lr_of_r`` remembers the ``sgd_lr`` that ``r`` stands for. An edited one gives ``r = sgd_lr / lr`` at the present
+    ``known`` is the ``sgd_lr`` that ``r`` stands for; None: the group's. An edited one gives ``r = sgd_lr / lr`` at the present
     ``lr``. Where a scheduler of torch drives ``lr``, it is what ``initial_lr`` is to ``lr``: ``r`` changes by the factor that
     ``sgd_lr`` does, as if the group had begun with it. The present ``lr`` of a warm-up would make it huge afterwards. So too
     where ``lr`` is 0.
     """
-    known = group.get("sgd_lr_of_r")
     if group["sgd_lr"] is known:
         return group
     sgd_lr, r = _sgd_lr_of(algorithm, group), group["r"]
@@ -268,18 +268,20 @@ def present(algorithm: Algorithm, group: Group) -> Group:
                     "Change it where lr is above 0, or set the group's r as well."
                 )
             r = sgd_lr / lr
-    return {**group, "sgd_lr": sgd_lr, "sgd_lr_of_r": sgd_lr, "r": r}
+    return {**group, "sgd_lr": sgd_lr, "r": r}
 
 
-def take_up_edits(algorithm: Algorithm, group: dict[str, Any]) -> None:
-    """Writes what follows from an edited ``sgd_lr`` into the group; ``r`` in place where it is a tensor, which a CUDA graph reads."""
-    now = present(algorithm, group)
+def take_up_edits(algorithm: Algorithm, group: dict[str, Any], known: Any) -> Any:
+    """Writes what follows from an edited ``sgd_lr`` into the group; ``r`` in place where it is a tensor that a CUDA graph reads.
+    Returns what is ``known`` from now on."""
+    now = present(algorithm, group, known)
     if now is not group:
         if isinstance(group["r"], torch.Tensor):
             group["r"].detach().fill_(now["r"])
         else:
             group["r"] = now["r"]
-        group["sgd_lr"] = group["sgd_lr_of_r"] = now["sgd_lr"]
+        group["sgd_lr"] = now["sgd_lr"]
+    return now["sgd_lr"]
 
 
 _NUMBERS = ("lr", "batch_size", "weight_decay", "eps", "r", "first_prior", "maximize", "capturable", "variance_follows_lr")
@@ -302,8 +304,7 @@ def complete_group(algorithm: Algorithm, group: dict[str, Any]) -> None:
                 "Give the group its full lr and let a scheduler start from 0, or give the group r itself."
             )
         group["r"] = math.inf if sgd_lr == math.inf else sgd_lr / lr
-        group["sgd_lr_of_r"] = sgd_lr
-    group.update(present(algorithm, group))
+    group["sgd_lr"] = sgd_lr
     check_step(algorithm, group)
     if algorithm is ADABAYES:
         group.setdefault("first_prior", (lr * _number_of(group, "r") or sgd_lr) / _number_of(group, "batch_size"))
@@ -313,7 +314,9 @@ def _number_of(group: Group, name: str) -> float:
     """An option as a float, waiting for an accelerator if it must: for what happens once."""
     number = _number(group[name], name)
     if number is None and group[name].is_meta:
-        raise ValueError(f"{name} is a tensor on the meta device, which holds no number (allowed: a number, or a tensor elsewhere)")
+        raise ValueError(
+            f"{name} is a tensor on the meta device, which holds no number (allowed: a number, or a tensor elsewhere)"
+        )
     return float(group[name].detach()) if number is None else number
 
 

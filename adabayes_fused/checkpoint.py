@@ -34,9 +34,8 @@ class _Hidden:
 def tidy_groups(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """The groups of a new state_dict with an edited ``sgd_lr`` taken up, so that nothing of it need be saved, and options
     that were written to a group in another form as Python's own numbers."""
-    for group in state_dict["param_groups"]:
-        group.update(present(optimizer.algorithm, group))
-        group.pop("sgd_lr_of_r", None)
+    for group, here in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        group.update(present(optimizer.algorithm, group, optimizer._sgd_lr_of_r(here)))
         make_plain(group)
 
 

@@ -86,6 +86,9 @@ class _FusedOptimizer(Optimizer):
     _grad_norm: float | Tensor | None
     _released: ReleasedGradients | None
     _skipped: Tensor
+    # By the id of a group: the group, and the sgd_lr that its r stands for. In the group itself it would be one more key that
+    # torch.distributed.checkpoint expects in every checkpoint.
+    _known_sgd_lrs: dict[int, tuple[dict[str, Any], Any]]
     if TYPE_CHECKING:
         backend: str
         lean: bool
@@ -103,6 +106,7 @@ class _FusedOptimizer(Optimizer):
         clipping.check(policy["max_grad_norm"], policy["skip_nonfinite"])
         check_group(self.algorithm, options)  # before the parameters are looked at, as torch does
         self._forget_run()
+        self._known_sgd_lrs = {}
         self.defaults = {**options, **policy}
         vars(self).update(policy)
         if not isinstance(params, Tensor):  # which torch refuses
@@ -135,6 +139,7 @@ class _FusedOptimizer(Optimizer):
         for name in _RUN_POLICY:
             param_group.pop(name, None)
         self.param_groups.append(param_group)  # the very dict, as in torch: its owner may go on editing it
+        self._take_up_edits([param_group])
 
     def _completed(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """A copy of the group with all its options, checked."""
@@ -149,6 +154,19 @@ class _FusedOptimizer(Optimizer):
         complete_group(self.algorithm, group)
         return group
 
+    def _sgd_lr_of_r(self, group: dict[str, Any]) -> Any:
+        """The ``sgd_lr`` that the group's ``r`` stands for; None where that is the present one."""
+        return self._known_sgd_lrs.get(id(group), (None, None))[1]
+
+    def _take_up_edits(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            known = self._sgd_lr_of_r(group)
+            if known is None or group["sgd_lr"] is not known:
+                self._known_sgd_lrs[id(group)] = group, take_up_edits(self.algorithm, group, known)
+        if len(self._known_sgd_lrs) > len(self.param_groups):  # a group was taken away, and must not be kept alive
+            there = set(map(id, self.param_groups))
+            self._known_sgd_lrs = {key: value for key, value in self._known_sgd_lrs.items() if key in there}
+
     def _warn_of_lost_policy(self, groups: list[dict[str, Any]]) -> None:
         """Horovod builds an optimizer anew from another's groups alone, which do not hold the options of the whole optimizer."""
         given = set(map(id, groups))
@@ -159,7 +177,7 @@ class _FusedOptimizer(Optimizer):
                 if lost:
                     options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
                     warnings.warn(
-                        f"these groups are of an optimizer with {options}, which groups do not hold, so that the new one is without; "
+                        f"these groups are of an optimizer with {options}. Groups do not hold that, the new one is without; "
                         "give the constructor **optimizer.defaults, or set the attributes of the new one",
                         stacklevel=4,
                     )
@@ -185,7 +203,7 @@ class _FusedOptimizer(Optimizer):
         n = n.item() if isinstance(n, Tensor) and n.numel() == 1 else plain(n)
         check_batch_size(n)
         for group in self.param_groups:
-            check_step(self.algorithm, {**group, "batch_size": n})
+            check_step(self.algorithm, {**group, "batch_size": n}, self._sgd_lr_of_r(group))
             kept = group["batch_size"]
             if isinstance(kept, Tensor) and not kept.is_floating_point() and n != int(n):
                 raise ValueError(
@@ -204,14 +222,17 @@ class _FusedOptimizer(Optimizer):
         return self.fused_unscale
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _RUN_POLICY}}
+        known = [self._sgd_lr_of_r(group) for group in self.param_groups]
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _RUN_POLICY}, "_known_sgd_lrs": known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_kept_reader" not in self.__dict__:  # unpickled, not loaded into
             self._forget_run()
         self._kept_reader = None  # it knows the state that was
+        known = state.get("_known_sgd_lrs") or [None] * len(state["param_groups"])
         super().__setstate__(state)
         self.state = vars(self).pop("state")  # torch writes past the property
+        self._known_sgd_lrs = {id(group): (group, sgd_lr) for group, sgd_lr in zip(self.param_groups, known, strict=True)}
         self.defaults.pop("differentiable", None)  # torch puts it there; the constructors have no such option
         self.defaults.update({name: vars(self).setdefault(name, before) for name, before in _RUN_POLICY.items()})
         for group in self.param_groups:
@@ -219,6 +240,8 @@ class _FusedOptimizer(Optimizer):
                 if name not in _RUN_POLICY:
                     group.setdefault(name, value)
             complete_group(self.algorithm, group)
+            if self._sgd_lr_of_r(group) is None:
+                self._take_up_edits([group])
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -263,9 +286,8 @@ class _FusedOptimizer(Optimizer):
             self._released._check_step()
         groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
         for group in groups:
-            check_step(self.algorithm, group)
-        for group in groups:
-            take_up_edits(self.algorithm, group)
+            check_step(self.algorithm, group, self._sgd_lr_of_r(group))
+        self._take_up_edits(groups)
         clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = self._counts_on_device(grad_scale, found_inf)
@@ -361,7 +383,7 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
-        before = self.state, self.param_groups
+        before, known = (self.state, self.param_groups), self._known_sgd_lrs
 
         def restore(optimizer: Any) -> None:
             nonlocal before
@@ -376,6 +398,7 @@ class _FusedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         except BaseException:
             self.state, self.param_groups = before
+            self._known_sgd_lrs = {**known, **self._known_sgd_lrs}
             raise
         finally:
             for hook in hooks:

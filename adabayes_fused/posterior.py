@@ -87,7 +87,7 @@ class Reading:
         self.device, self.dtype = p.device, wide(p.device)
         self.param, self.values = p, local(p).numel() * (2 if p.is_complex() else 1)
         self.algorithm, self.lean = optimizer.algorithm, optimizer.lean
-        self.group = scalars({**present(optimizer.algorithm, group)}, self._scalar)
+        self.group = scalars({**present(optimizer.algorithm, group, optimizer._sgd_lr_of_r(group))}, self._scalar)
         self.state: Mapping[str, Any] = optimizer.state.get(p) or {}
         self.step = self._scalar(self.state.get("step", 0))
 

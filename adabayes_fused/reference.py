@@ -31,6 +31,7 @@ class _Reference(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **param_group}
         complete_group(self.algorithm, group)
+        group["sgd_lr_of_r"] = group["sgd_lr"]
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -41,8 +42,8 @@ class _Reference(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            check_step(self.algorithm, group)
-            take_up_edits(self.algorithm, group)
+            check_step(self.algorithm, group, group["sgd_lr_of_r"])
+            group["sgd_lr_of_r"] = take_up_edits(self.algorithm, group, group["sgd_lr_of_r"])
             numbers = scalars(group, float)
             for p in group["params"]:
                 if p.grad is not None:

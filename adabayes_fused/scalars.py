@@ -32,6 +32,8 @@ def scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, A
 
 
 def _number(value: Any) -> Any:
+    if type(value) is float:  # nearly always, at each step
+        return value
     return value.detach() if isinstance(value, Tensor) else plain(value)
 
 

@@ -153,7 +153,9 @@ def test_tensors_stay_tensors(name):
 
 
 @pytest.mark.parametrize(
-    "betas", ["ab", {0: 0.9, 1: 0.99}, {0.9, 0.99}, 0.9, np.array(0.9), [0.9], np.ones((2, 2)), torch.ones(2, 2), (0.9, "b")], ids=str
+    "betas",
+    ["ab", {0: 0.9, 1: 0.99}, {0.9, 0.99}, 0.9, np.array(0.9), [0.9], np.ones((2, 2)), torch.ones(2, 2), (0.9, "b")],
+    ids=str,
 )
 @pytest.mark.parametrize("name", FUSED)
 def test_what_are_no_betas(name, betas):
@@ -166,7 +168,9 @@ def test_what_are_no_betas(name, betas):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("lr", [np.ones(2), np.array([]), 1j, np.complex64(1), np.bool_(True), torch.tensor(True), object()], ids=str)
+@pytest.mark.parametrize(
+    "lr", [np.ones(2), np.array([]), 1j, np.complex64(1), np.bool_(True), torch.tensor(True), object()], ids=str
+)
 def test_what_is_no_number(lr):
     for cls in (FUSED["AdaBayesFP"], SLOW["AdaBayesFP"]):
         with pytest.raises(TypeError, match="lr must be a"):
@@ -187,11 +191,17 @@ def test_set_batch_size_in_a_tensor_that_requires_grad():
 
 # --- Keys that are no options -----------------------------------------------------------------------------------------
 
-KEYS = """wd_mult lr_mult lr_scale use_weight_decay base_weight_decay weight_decay_mult no_weight_decay weight_decays l2_weight_decay
-    mini_batch_size micro_batch_size batch_sizes patch_size grad_norm grad_clip max_norm initial_lr max_lr min_lr base_lr lr2 lrs
-    layer_decay layer_id name names group_name mean lead learn clean step steps beta1 beta2 beta3 eps2 epsilon momentum nesterov
-    base_momentum max_momentum foreach fused differentiable amsgrad decoupled_weight_decay minimize trust_ratio is_expert_parallel
-    default_config weight_lr_power rho k r_max transitions translation norm_type apply_decay wd_ratio swa_lr lookahead""".split()
+# fmt: off
+KEYS = [
+    "wd_mult", "lr_mult", "lr_scale", "use_weight_decay", "base_weight_decay", "weight_decay_mult", "no_weight_decay",
+    "weight_decays", "l2_weight_decay", "mini_batch_size", "micro_batch_size", "batch_sizes", "patch_size", "grad_norm",
+    "grad_clip", "max_norm", "initial_lr", "max_lr", "min_lr", "base_lr", "lr2", "lrs", "layer_decay", "layer_id", "name",
+    "names", "group_name", "mean", "lead", "learn", "clean", "step", "steps", "beta1", "beta2", "beta3", "eps2",
+    "epsilon", "momentum", "nesterov", "base_momentum", "max_momentum", "foreach", "fused", "differentiable", "amsgrad",
+    "decoupled_weight_decay", "minimize", "trust_ratio", "is_expert_parallel", "default_config", "weight_lr_power", "rho",
+    "k", "r_max", "transitions", "translation", "norm_type", "apply_decay", "wd_ratio", "swa_lr", "lookahead",
+]
+# fmt: on
 SLIPS = dict(
     weight_decya="weight_decay",
     weigth_decay="weight_decay",
@@ -258,7 +268,7 @@ def edits(name):
 
 def test_every_option_of_a_group_is_edited():
     for name, cls in FUSED.items():
-        options = make(name, [parameter()]).param_groups[0].keys() - {"params", "first_prior", "sgd_lr_of_r"}
+        options = make(name, [parameter()]).param_groups[0].keys() - {"params", "first_prior"}
         assert options == {key for edit in edits(name) for key in edit}
         assert options - {"r"} <= inspect.signature(cls).parameters.keys()
 
@@ -293,7 +303,9 @@ def test_an_edit_acts_at_the_next_step_as_in_a_fresh_group(name, edit, backend, 
     assert unchanged == (edit.keys() <= no_effect)
 
 
-@pytest.mark.parametrize(("key", "value"), [("sgd_lr", 0.0), ("sgd_lr", math.nan), ("sgd_lr", "a"), ("r", -1.0), ("r", math.nan), ("r", 0.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("sgd_lr", 0.0), ("sgd_lr", math.nan), ("sgd_lr", "a"), ("r", -1.0), ("r", math.nan), ("r", 0.0)]
+)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_bad_edit_changes_nothing(name, key, value):
     p = parameter()
@@ -368,15 +380,38 @@ def test_an_edit_of_sgd_lr_acts_once_however_it_is_kept(name, way, tensor):
 def test_old_checkpoints_and_groups_put_in_place(name):
     optimizer = make(name, [parameter()], sgd_lr=0.7)
     saved = make(name, [parameter()]).state_dict()
-    assert "sgd_lr_of_r" not in saved["param_groups"][0]
+    assert saved["param_groups"][0].keys() == optimizer.param_groups[0].keys()  # torch.distributed.checkpoint relies on it
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert optimizer.param_groups[0]["r"] == 100
-    optimizer.param_groups = [{key: value for key, value in optimizer.param_groups[0].items() if key != "sgd_lr_of_r"}]
+    optimizer.param_groups = [dict(optimizer.param_groups[0])]
     optimizer.step()
     optimizer.param_groups[0]["sgd_lr"] = 0.2
     optimizer.step()
     assert optimizer.param_groups[0]["r"] == 200
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_an_edit_survives_a_load_that_fails(name):
+    optimizer = make(name, [parameter()])
+    optimizer.param_groups[0]["sgd_lr"] = 0.2
+    bad = optimizer.state_dict()
+    bad["param_groups"][0]["r"] = -1.0
+    with pytest.raises(ValueError, match="Invalid r"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.param_groups[0]["r"] == 100
+    optimizer.step()
+    assert optimizer.param_groups[0]["r"] == 200
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_group_that_was_taken_away_is_not_kept(name):
+    kept = parameter()
+    optimizer = make(name, [{"params": [kept]}, {"params": [parameter(1)]}])
+    optimizer.step()
+    del optimizer.param_groups[1]
+    optimizer.step()
+    assert {id(group) for group in optimizer.param_groups} == optimizer._known_sgd_lrs.keys()
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -438,7 +473,7 @@ def test_reading_sees_an_edit_and_changes_nothing(name):
     read = posterior(optimizer, p).variance
     assert optimizer.param_groups[0]["r"] == 100
     optimizer.param_groups[0]["r"] = 700.0
-    optimizer.param_groups[0]["sgd_lr_of_r"] = 0.7
+    optimizer.param_groups[0]["sgd_lr"] = 0.1
     torch.testing.assert_close(read, posterior(optimizer, p).variance)
 
 
@@ -468,7 +503,16 @@ def test_the_dict_that_was_given_is_the_group(name):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(lr=-1.0), dict(lean=True), dict(params=["text"]), dict(params={torch.ones(1)}), dict(params=[torch.ones(2) + 1]), dict(sgd_lr=0)], ids=str
+    "bad",
+    [
+        dict(lr=-1.0),
+        dict(lean=True),
+        dict(params=["text"]),
+        dict(params={torch.ones(1)}),
+        dict(params=[torch.ones(2) + 1]),
+        dict(sgd_lr=0),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", FUSED)
 def test_a_group_that_is_refused_is_left_as_it_was(name, bad):
@@ -548,8 +592,7 @@ def test_pickled_before_there_were_the_options():
     for key in ("max_grad_norm", "skip_nonfinite"):
         state.pop(key)
     state["defaults"]["differentiable"] = False
-    for group in state["param_groups"]:
-        group.pop("sgd_lr_of_r")
+    state.pop("_known_sgd_lrs")
     old = AdaBayes.__new__(AdaBayes)
     old.__setstate__(state)
     assert old.defaults == make("AdaBayes", [parameter()], lean=True).defaults

@@ -67,7 +67,9 @@ def test_those_known_to_have_it_are_not_tried(monkeypatch):
 
 def test_scalars_stay_in_float32_where_there_is_no_other():
     """What a device without float64 would be given holds none."""
-    group = dict(lr=torch.tensor(1e-3, dtype=torch.float64), r=100.0, batch_size=8, weight_decay=0.1, betas=(torch.tensor(0.9), 0.99))
+    group = dict(
+        lr=torch.tensor(1e-3, dtype=torch.float64), r=100.0, batch_size=8, weight_decay=0.1, betas=(torch.tensor(0.9), 0.99)
+    )
     found = scalars.scalars(group, lambda t: scalars.on(torch.device("cpu"), t, torch.float32))
     tensors = [value for value in (*found.values(), *found["betas"]) if isinstance(value, torch.Tensor)]
     assert [t.dtype for t in tensors] == [torch.float32] * 2

@@ -78,7 +78,9 @@ ENDS = MAKE | {  # at 0, at the limits of betas, and back
         [schedulers.CosineAnnealingLR(o, T_max=7), schedulers.LinearLR(o, end_factor=0.0, total_iters=9)], optimizer=o
     ),
     "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=3, T_mult=2, eta_min=0.0),
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=LR, total_steps=3 * STEPS + 1),  # torch itself refuses to go on after it
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(
+        o, max_lr=LR, total_steps=3 * STEPS + 1
+    ),  # torch itself refuses to go on after it
     "OneCycleLR to 0": lambda o: schedulers.OneCycleLR(
         o, max_lr=LR, total_steps=3 * STEPS + 1, final_div_factor=float("inf"), base_momentum=0.0, anneal_strategy="linear"
     ),
@@ -162,7 +164,9 @@ def test_what_is_below_0_by_rounding_is_0(name, edit, as_tensor, capturable):
     assert torch.equal(weights[0][1], weights[1][1])
 
 
-@pytest.mark.parametrize("edit", [dict(lr=-1e-6), dict(lr=torch.tensor(-1e-6)), dict(betas=(-1e-3, 0.9)), dict(weight_decay=-1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "edit", [dict(lr=-1e-6), dict(lr=torch.tensor(-1e-6)), dict(betas=(-1e-3, 0.9)), dict(weight_decay=-1e-3)], ids=str
+)
 @pytest.mark.parametrize("name", FUSED)
 def test_what_is_further_below_is_refused(name, edit):
     """A linear schedule over 1,000 steps that runs one step too far."""

@@ -155,7 +155,9 @@ def test_a_reading_that_does_not_wait(default, monkeypatch):
     optimizer.step()
     known = posterior(optimizer, p).variance
     monkeypatch.setattr(
-        importlib.import_module("adabayes_fused.posterior"), "_number", lambda v: None if isinstance(v, torch.Tensor) else float(v)
+        importlib.import_module("adabayes_fused.posterior"),
+        "_number",
+        lambda v: None if isinstance(v, torch.Tensor) else float(v),
     )
     with DEFAULTS[default]():
         assert torch.equal(posterior(optimizer, p).variance, known)
