@@ -35,7 +35,7 @@ from .backends import native
 from .clipping import Scaling
 from .collect import collect
 from .gather import Item
-from .scalars import tensor_options
+from .scalars import KnownOptions, tensor_options
 from .slabs import Slabs
 
 if TYPE_CHECKING:
@@ -285,9 +285,12 @@ class _FusedOptimizer(Optimizer):
         if given is None and self._released is not None:
             self._released._check_step()
         groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
-        for group in groups:
+        changed = [group for group in groups if group not in self._options]
+        for group in changed:
             check_step(self.algorithm, group, self._sgd_lr_of_r(group))
-        self._take_up_edits(groups)
+        self._take_up_edits(changed)
+        for group in changed:
+            self._options.note(group, len(self.param_groups))
         clipping.check(self.max_grad_norm, self.skip_nonfinite)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         on_device = self._counts_on_device(grad_scale, found_inf)
@@ -333,7 +336,8 @@ class _FusedOptimizer(Optimizer):
         for group in self.param_groups:
             if group["capturable"]:
                 return True
-            scalars += tensor_options(group).values()
+            if group not in self._options:
+                scalars += tensor_options(group).values()
         return any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
 
     def _reader(self) -> Any:
@@ -355,6 +359,7 @@ class _FusedOptimizer(Optimizer):
         self._kept_reader = None
         self._released = None
         self._slabs = Slabs()
+        self._options = KnownOptions()
         self._state_asked_for = 0
         self._kept_alive: list[Tensor] = []
         self._counted_on_device = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,6 +30,36 @@ def scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, A
     for name in ("lr", "weight_decay"):
         found[name] = _not_negative(found[name])
     return {**group, **found, "betas": betas}
+
+
+_OPTIONS = (*SCALARS, "betas", "sgd_lr", "maximize", "capturable", "transition", "variance_follows_lr")
+_FIXED = (float, int, bool, str, type(None))  # what nobody can change but by putting another object in its place
+
+
+class KnownOptions:
+    """The options of groups that have been checked, as floats. They hold as long as the very objects that were checked are in
+    the group, none of which can change."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __contains__(self, group: dict[str, Any]) -> bool:
+        found = self._known.get(id(group))
+        return found is not None and found[0] is group and all(map(is_, map(group.get, _OPTIONS), found[1]))
+
+    def note(self, group: dict[str, Any], groups: int) -> None:
+        """Remembers a group, one of so many, that has been checked."""
+        values = tuple(map(group.get, _OPTIONS))
+        if len(self._known) > groups:  # some were taken away, and must not be kept alive
+            self._known.clear()
+        self._known.pop(id(group), None)
+        if all(type(v) in _FIXED or type(v) is tuple and all(type(x) in _FIXED for x in v) for v in values):
+            options = {name: group[name] for name in _OPTIONS if name in group}
+            self._known[id(group)] = group, values, scalars(options, float)
+
+    def floats(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of a group that this step has checked."""
+        return self._known[id(group)][2] if group in self else scalars(group, float)
 
 
 def _number(value: Any) -> Any:
