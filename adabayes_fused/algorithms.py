@@ -42,11 +42,18 @@ def _expm1(x: Any) -> Any:
     return torch.expm1(x) if isinstance(x, torch.Tensor) else math.expm1(x)
 
 
+def _average_weight(beta: Any) -> Any:
+    """How an average moves in the rules' ``lerp``: by 1 - beta, or by -beta from the new value where beta is below a half. The
+    smaller of the two keeps all its digits in the state's precision, and what it leaves of the other is not cancelled."""
+    if isinstance(beta, torch.Tensor):
+        return torch.where(beta < 0.5, -beta, 1.0 - beta)
+    return -beta if beta < 0.5 else 1.0 - beta
+
+
 def _common(group: Group, step: Any, grad_factor: Any) -> tuple[Any, ...]:
-    """What both rules begin with: the gradient's factor, 1 - beta1, 1 - beta2, and the weight's factor (1 - lambda)."""
-    beta1, beta2 = group["betas"]
+    """What both rules begin with: the gradient's factor, how the averages move, and the weight's factor (1 - lambda)."""
     sign = -1.0 if group["maximize"] else 1.0
-    return sign * grad_factor, 1.0 - beta1, 1.0 - beta2, 1.0 - group["lr"] * group["weight_decay"]
+    return sign * grad_factor, *map(_average_weight, group["betas"]), 1.0 - group["lr"] * group["weight_decay"]
 
 
 def variance_units(group: Group) -> tuple[Any, Any]:

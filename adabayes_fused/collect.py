@@ -121,7 +121,7 @@ def _only_makes_state(optimizer: _FusedOptimizer, prepared: list[Prepared], crea
     lrs = [group["lr"] for group in optimizer.param_groups]
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
         return False
-    if watched() or len(created) < len(optimizer._kept_state) or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if watched() or _capturing() or len(created) < len(optimizer._kept_state):
         return False
     # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
     nonzero: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -187,7 +187,7 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
     for item in items:
         check_item(item, names)
         backends.choose(optimizer.backend, item.param.device)  # raises where there is none
-    if on_device and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if on_device and _capturing():
         _check_capture(optimizer, items)
     prepared = []
     for item in items:
@@ -198,6 +198,10 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
             item = item._replace(state=state[p])
         prepared.append(prepare(item, names, step_device, backends.choose(optimizer.backend, p.device)))
     return prepared
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _check_capture(optimizer: _FusedOptimizer, items: list[Item]) -> None:
@@ -244,6 +248,8 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
         buckets.setdefault((p.backend, param.device, param.dtype, grad.dtype, groups), []).append(p)
     launches = []
     for (backend, device, param_dtype, grad_dtype, groups), members in buckets.items():
+        if backend == "foreach" and optimizer.backend == "auto":
+            backends.warn_of_foreach(device)
         keys: dict[tuple[int, Any], int] = {}
         # On the device a parameter's count is not known, so each has a key, the tensor, of its own.
         which = [keys.setdefault((p.group, p.step if on_device else float(p.step) + 1), len(keys)) for p in members]

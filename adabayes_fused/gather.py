@@ -54,8 +54,8 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
             "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
     for t in (p, grad):
-        if is_plain(local(t)) and t.numel() and not local(t).data_ptr() and local(t).numel():
-            raise RuntimeError(f"{where} or its gradient has no memory: its storage has been freed; give it memory before the step")
+        if is_plain(local(t)) and local(t).numel() and not local(t).data_ptr():
+            raise RuntimeError(f"{where} or its gradient has no memory: its storage was freed. Give it memory before the step")
         if is_traceable_wrapper_subclass(t) and not (is_sharded(t) and is_sharded(p)):
             raise TypeError(
                 f"{where} or its gradient is a {type(t).__name__}, a tensor made of others (allowed: plain tensors, and DTensors "
@@ -91,7 +91,8 @@ def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
     with torch.inference_mode(False):
         if is_traceable_wrapper_subclass(part):
             return torch.empty(part.shape, dtype=state_dtype(part), device=part.device)
-        if is_plain(part) and _dense(part) and not is_sharded(p):  # slabs of DTensors break torch.distributed.checkpoint.async_save
+        # In one storage, the state of DTensors would break torch.distributed.checkpoint.async_save.
+        if is_plain(part) and _dense(part) and not is_sharded(p):
             slot = slabs.empty(part.shape, part.stride(), state_dtype(part), part.device)
         if slot is None:
             slot = torch.empty_like(part, dtype=state_dtype(part), memory_format=torch.preserve_format, requires_grad=False)
@@ -165,6 +166,8 @@ def prepare(item: Item, names: tuple[str, ...], step_device: torch.device, backe
     state = item.state
     param = local(item.param).detach()
     grad = local(placed_like(item.param, item.grad)).detach().resolve_conj().resolve_neg()
+    if grad._is_zerotensor():  # type: ignore[operator, unused-ignore]
+        grad = grad.clone()  # has memory
     if not grad.is_complex() and grad.dtype not in DTYPES:
         grad = grad.to(torch.float32)  # float8 and the like
     copied = None

@@ -38,8 +38,8 @@ def whole(t: Tensor) -> Tensor:
 
 
 def like(p: Tensor, part: Tensor) -> Tensor:
-    """``part``, shaped like the local part of ``p``, as what ``p`` is: a DTensor of the same mesh and placements. It stays where it
-    is: FSDP2's CPU offloading keeps parts on the CPU while the mesh is one of GPUs, where ``DTensor.from_local`` would move it."""
+    """``part``, shaped like the local part of ``p``, as what ``p`` is: a DTensor of the same mesh and placements. It stays on its
+    device: FSDP2's CPU offloading keeps parts on the CPU while the mesh is of GPUs, where ``DTensor.from_local`` moves them."""
     if not is_sharded(p):
         return part
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta

@@ -45,7 +45,7 @@ def compile_case(target, index, lean, param, grad, skippable):
     from adabayes_fused.backends.launch import Launch
 
     found_inf = torch.zeros(()) if skippable else None
-    launch = Launch(ALGORITHMS[index], lean, torch.device("cuda"), param, grad, [], found_inf=found_inf)
+    launch = Launch(ALGORITHMS[index], lean, "triton", torch.device("cuda"), param, grad, [], found_inf=found_inf)
     constants = backend.constants(launch)
     at = {name: i for i, name in enumerate(multi_tensor.arg_names)}
     pointers = dict(rows="*i64", chunks="*i64", coefficients="*fp64", found_inf="*fp32" if skippable else "*fp64")

@@ -10,12 +10,12 @@
 #define RULE_FN inline __attribute__((always_inline))
 #endif
 
-// `average` moved towards `value` by `weight`, 1 - beta. It starts from whichever of the two keeps more than half its weight: from
-// the other, a result much smaller than where it started would be lost to cancellation.
+// `average` moved towards `value`. It starts from whichever of the two keeps most, since a result much smaller than where it
+// started would be lost to cancellation: from the average by a weight of 1 - beta, or, where the sign bit is set, from the value
+// by one of -beta (adabayes_fused/algorithms.py).
 template <class T>
 RULE_FN T lerp(T average, T value, T weight) {
-  const T difference = value - average;
-  return weight < T(0.5) ? average + difference * weight : value - difference * (T(1) - weight);
+  return (std::signbit(weight) ? value : average) + (value - average) * weight;
 }
 
 // A rule has `lean` state slots its recursion needs, then those kept for the user, `slots` in all;
@@ -26,7 +26,7 @@ struct AdaBayes {  // Algorithm 1; variances in units of the prior's sigma^2, gr
 
   template <class T>
   struct Coefficients {
-    T grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift;
+    T grad_scale, weight1, weight2, keep, step_size, fisher, forget, drift;
   };
 
   template <class T>
@@ -34,8 +34,8 @@ struct AdaBayes {  // Algorithm 1; variances in units of the prior's sigma^2, gr
                              T& exp_avg, T& prior_var, T& exp_avg_sq, T& post_var) {
     const T g = grad * c.grad_scale;
     const T g_sq = g * g;
-    exp_avg = lerp(exp_avg, g, c.one_minus_beta1);           // Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g_sq, c.one_minus_beta2);  // Eq. 4
+    exp_avg = lerp(exp_avg, g, c.weight1);           // Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, c.weight2);  // Eq. 4
     post_var = prior_var / (T(1) + prior_var * c.fisher * g_sq);  // Eq. 17a
     prior_var = post_var + (c.drift - post_var * c.forget);  // Eq. 16b
     param = param * c.keep - exp_avg * c.step_size * post_var;  // Eq. 18
@@ -47,7 +47,7 @@ struct AdaBayesFP {  // Algorithm 2: the posterior variance at its fixed point
 
   template <class T>
   struct Coefficients {
-    T grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps;
+    T grad_scale, weight1, weight2, keep, step_size, a, debias2, eps;
   };
 
   template <class T>
@@ -55,8 +55,8 @@ struct AdaBayesFP {  // Algorithm 2: the posterior variance at its fixed point
                              T& exp_avg, T& exp_avg_sq, T& post_var, T&) {
     const T g = grad * c.grad_scale;
     const T g_sq = g * g;
-    exp_avg = lerp(exp_avg, g, c.one_minus_beta1);           // Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g_sq, c.one_minus_beta2);  // Eq. 4
+    exp_avg = lerp(exp_avg, g, c.weight1);           // Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, c.weight2);  // Eq. 4
     const T denom = c.a + std::sqrt(c.a * c.a + exp_avg_sq * c.debias2) + c.eps;  // Eq. 20
     post_var = (c.a + c.a) / denom;
     param = param * c.keep - exp_avg * c.step_size / denom;  // Eq. 18

@@ -21,18 +21,17 @@ def square_root(x):
 
 @triton.jit
 def lerp(average, value, weight):
-    """``average`` moved towards ``value`` by ``weight``, from whichever of the two keeps more than half its weight."""
-    difference = value - average
-    return tl.where(weight < 0.5, average + difference * weight, value - difference * (1.0 - weight))
+    """``average`` moved towards ``value``: by a weight of 1 - beta from the average, or of -beta, maybe -0, from the value."""
+    return tl.where(1.0 / weight < 0.0, value, average) + (value - average) * weight
 
 
 @triton.jit
 def adabayes(coefficients, grad, param, exp_avg, prior_var, exp_avg_sq, post_var):
-    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift = coefficients
+    grad_scale, weight1, weight2, keep, step_size, fisher, forget, drift = coefficients
     g = grad * grad_scale
     g_sq = g * g
-    exp_avg = lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g_sq, one_minus_beta2)  # Eq. 4
+    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, weight2)  # Eq. 4
     post_var = divide(prior_var, 1.0 + prior_var * fisher * g_sq)  # Eq. 17a
     prior_var = post_var + (drift - post_var * forget)  # Eq. 16b
     param = param * keep - exp_avg * step_size * post_var  # Eq. 18
@@ -41,11 +40,11 @@ def adabayes(coefficients, grad, param, exp_avg, prior_var, exp_avg_sq, post_var
 
 @triton.jit
 def adabayes_fp(coefficients, grad, param, exp_avg, exp_avg_sq, post_var, unused):
-    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps = coefficients
+    grad_scale, weight1, weight2, keep, step_size, a, debias2, eps = coefficients
     g = grad * grad_scale
     g_sq = g * g
-    exp_avg = lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g_sq, one_minus_beta2)  # Eq. 4
+    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, weight2)  # Eq. 4
     denom = a + square_root(a * a + exp_avg_sq * debias2) + eps  # Eq. 20
     post_var = divide(a + a, denom)
     param = param * keep - divide(exp_avg * step_size, denom)  # Eq. 18

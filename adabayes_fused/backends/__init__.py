@@ -9,6 +9,7 @@ Each has ``unavailable(device)``: None, or why it cannot update parameters there
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -30,13 +31,22 @@ def check_name(name: str) -> None:
 def choose(name: str, device: torch.device) -> str:
     """The backend that ``name`` means for parameters on ``device``. RuntimeError if the named one cannot run there."""
     if name == "auto":
-        return next(b for b in PREFERRED.get(device.type, ("foreach",)) if BACKENDS[b].unavailable(device) is None)
+        return next(b for b in _preferred(device) if BACKENDS[b].unavailable(device) is None)
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}")
     return name
 
 
-def of(name: str, device: torch.device) -> ModuleType:
-    """The backend itself; ``choose`` raises where there is none."""
-    return BACKENDS[choose(name, device)]
+
+def _preferred(device: torch.device) -> tuple[str, ...]:
+    return PREFERRED.get(device.type, ("foreach",))
+
+
+@functools.lru_cache
+def warn_of_foreach(device: torch.device) -> None:
+    """Says, once a device, why "auto" has come down to "foreach" there, where it has although there are kernels for the device."""
+    reasons = {b: BACKENDS[b].unavailable(device) for b in _preferred(device) if b != "foreach"}
+    if reasons and choose("auto", device) == "foreach":
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(f"parameters on {device} are updated by the slow backend 'foreach', as no other runs there. {why}", stacklevel=2)

@@ -8,6 +8,7 @@ here reads a value that only a device knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,13 +31,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def lerp(average: Tensor, value: Tensor, weight: Any) -> Tensor:
-    """``average`` moved towards ``value`` by ``weight``, from whichever of the two keeps more than half its weight."""
-    difference = value - average
+    """``average`` moved towards ``value``: by a weight of 1 - beta from the average, or of -beta, maybe -0, from the value."""
     if isinstance(weight, Tensor):
-        return torch.where(weight < 0.5, average + difference * weight, value - difference * (1.0 - weight))
-    if weight < 0.5:
-        return difference.mul_(weight).add_(average)
-    return torch.sub(value, difference.mul_(1.0 - weight))
+        start = torch.where(torch.signbit(weight), value, average)
+    else:
+        start = value if math.copysign(1.0, weight) < 0.0 else average
+    return (value - average).mul_(weight).add_(start)
 
 
 def adabayes(
@@ -48,11 +48,11 @@ def adabayes(
     exp_avg_sq: Tensor | None = None,
     post_var: Tensor | None = None,
 ) -> Values:
-    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, fisher, forget, drift = c
+    grad_scale, weight1, weight2, keep, step_size, fisher, forget, drift = c
     g = grad * grad_scale
     g_sq = g * g
-    exp_avg = lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
-    kept = () if exp_avg_sq is None else (lerp(exp_avg_sq, g_sq, one_minus_beta2),)  # Eq. 4
+    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
+    kept = () if exp_avg_sq is None else (lerp(exp_avg_sq, g_sq, weight2),)  # Eq. 4
     post = prior_var / (prior_var * fisher).mul_(g_sq).add_(1.0)  # Eq. 17a
     prior_var = (post * forget).neg_().add_(drift).add_(post)  # Eq. 16b
     param = (param * keep).sub_((exp_avg * step_size).mul_(post))  # Eq. 18
@@ -62,10 +62,10 @@ def adabayes(
 def adabayes_fp(
     c: Scalars, grad: Tensor, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, post_var: Tensor | None = None
 ) -> Values:
-    grad_scale, one_minus_beta1, one_minus_beta2, keep, step_size, a, debias2, eps = c
+    grad_scale, weight1, weight2, keep, step_size, a, debias2, eps = c
     g = grad * grad_scale
-    exp_avg = lerp(exp_avg, g, one_minus_beta1)  # Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g.mul_(g), one_minus_beta2)  # Eq. 4
+    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g.mul_(g), weight2)  # Eq. 4
     denom = (exp_avg_sq * debias2).add_(a * a).sqrt_().add_(a).add_(eps)  # Eq. 20
     param = (param * keep).sub_((exp_avg * step_size).div_(denom))  # Eq. 18
     kept = () if post_var is None else (torch.full_like(denom, 1.0).mul_(a + a).div_(denom),)
@@ -98,23 +98,23 @@ def _prepare(launch: Launch) -> Callable[[], None]:
 
     def run() -> None:
         for k, block in _blocks(launch):
-            flat = [_flat(column) for column in zip(*block, strict=True)]
-            param, grad, *slots = (t.to(state_dtype) for t in flat)
+            columns = [list(column) for column in zip(*block, strict=True)]
+            param, grad, *slots = (_flat(column).to(state_dtype) for column in columns)
             values = rule(coefficients[k], grad, param, *slots)
             if skip is not None:
                 values = tuple(torch.where(skip, old, new) for old, new in zip((param, *slots), values, strict=False))
-            columns = [column for i, column in enumerate(zip(*block, strict=True)) if i != 1]  # all but the gradients
+            del columns[1]  # the gradients stay
             split = (_unflatten(value, column) for value, column in zip(values, columns, strict=False))
             torch._foreach_copy_([t for column in columns for t in column], [t for column in split for t in column])
 
     return run
 
 
-def _flat(column: tuple[Tensor, ...]) -> Tensor:
+def _flat(column: list[Tensor]) -> Tensor:
     return column[0].reshape(-1) if len(column) == 1 else torch._C._nn.flatten_dense_tensors(column)
 
 
-def _unflatten(value: Tensor, column: tuple[Tensor, ...]) -> Sequence[Tensor]:
+def _unflatten(value: Tensor, column: list[Tensor]) -> Sequence[Tensor]:
     return [value.view(column[0].shape)] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
 
 

@@ -69,7 +69,8 @@ class Launch:
         )
 
     def _address(self, t: Tensor) -> int:
-        """Where a kernel of this launch finds ``t``; whatever let another tensor through would have it follow any address."""
+        """Where a kernel of this launch finds ``t``. Of another tensor it would follow an address that is not its own."""
         address = t.data_ptr()
-        assert t.device == self.device and (address or not t.numel()), f"a tensor on {t.device} at {address:#x}"
+        if t.device != self.device or not address and t.numel():
+            raise RuntimeError(f"a kernel on {self.device} was to be given a tensor on {t.device} at address {address:#x}")
         return address

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,19 +12,24 @@ from .. import plain
 from ..gather import DTYPES
 from .launch import ROW_WORDS, Launch
 
-module: Any
-try:
-    from .. import _native  # type: ignore[attr-defined,unused-ignore]
+_REMEDY = (
+    "install a C++ compiler (and nvcc for CUDA) and run 'pip install --force-reinstall --no-deps .' again, with -e if you work "
+    "in the source folder, which Python imports before any installed copy"
+)
 
-    module, missing = _native, ""
-except ImportError as error:
-    module = None
-    missing = (
-        f"the compiled extension is not there ({error}); install a C++ compiler (and nvcc for CUDA) and run "
-        "'pip install --force-reinstall --no-deps .' again"
-    )
 
-assert module is None or module.ROW_WORDS == ROW_WORDS
+def _load() -> tuple[Any, str]:
+    """The compiled module, or None and why it cannot be used."""
+    try:  # not `from .. import`, whose error for a module that is not there speaks of circular imports
+        found = importlib.import_module("adabayes_fused._native")
+    except ImportError as error:
+        return None, f"the compiled extension is not there ({error}; looked in {Path(__file__).parents[1]}); {_REMEDY}"
+    if getattr(found, "ROW_WORDS", None) != ROW_WORDS:
+        return None, f"the compiled extension {found.__file__} was built from another version of the sources; {_REMEDY}"
+    return found, ""
+
+
+module, missing = _load()
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
 

@@ -181,7 +181,7 @@ struct Job {
 };
 
 constexpr double kRows[2][kCoefficients] = {{0.5, 0.1, 0.01, 0.999, 0.07, 30, 0.2, 0.21},
-                                            {-1, 0.2, 0.02, 0.99, 0.01, 3, 0.1, 0.11}};
+                                            {-1, -0.2, -0.0, 0.99, 0.01, 3, 0.1, 0.11}};
 
 // `shift(k, s)`: by how many elements stream s of tensor k is off its alignment
 template <class F>
