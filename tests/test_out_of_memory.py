@@ -135,7 +135,7 @@ def fail_each(whose, case):
         arm(at)
         try:
             optimizer.step()
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, SystemError) as error:
             seen, raised = disarm(), error
             traceback = error.__traceback__
             while traceback.tb_next:
@@ -160,14 +160,17 @@ def fail_each(whose, case):
         at += 1
         read, write = os.pipe()
         if not os.fork():  # a process each, as it may not survive
-            words = one(at)
+            words = one(at)  # what it raises ends the process with its traceback
             os.write(write, b"fewer" if words is None else words.encode())
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as pipe:
             words = pipe.read()
         _, status = os.wait()
-        words = words or (f"the process died, status {status}" if status else "")
+        if os.WIFSIGNALED(status) and whose == "native":  # without Python's memory torch itself does not live on
+            words = f"the process died of signal {os.WTERMSIG(status)}"
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status):
+            words = "another error, printed above"
         quiet = quiet + 1 if words == "fewer" else 0
         if words and words != "fewer":
             wrong.append(f"allocation {at}: {words}")
