@@ -9,6 +9,11 @@ ARGS ?=
 TEXT ?= README.md
 
 RUN := $(VENV)/bin/python
+# The package is copied, so that the module in adabayes_fused/ stays as it is. Python itself is built without the sanitizers and
+# loads ours late, so they go in front of everything; what Python and torch never free is not looked for.
+SANITIZED := build/sanitize
+UNDER_SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" PYTHONPATH=. \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 $(abspath $(VENV))/bin/python
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
 lm_extras := example
@@ -18,7 +23,7 @@ bench_extras := bench
 lint_extras := dev
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test bench paper lint clean
+.PHONY: help demo lm test sanitize bench paper lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -32,6 +37,22 @@ lm: $(VENV)/lm.stamp  ## Train a small transformer on TEXT in two processes; che
 
 test: $(VENV)/test.stamp  ## Every test
 	$(RUN) -m pytest $(ARGS)
+
+sanitize: $(VENV)/test.stamp  ## C++ tests, a random walk and state tests under Address- and UndefinedBehaviorSanitizer
+	@echo 'int main() {}' | $(CXX) -fsanitize=address,undefined -x c++ - -o /dev/null || \
+	  { echo "make sanitize: $(CXX) has no libasan or no libubsan; install them, or name another compiler: CXX=..." >&2; exit 1; }
+	CXX=$(CXX) $(RUN) -m cmake -S . -B $(SANITIZED) -G Ninja -DADABAYES_SANITIZE=ON -DADABAYES_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(RUN))
+	$(RUN) -m cmake --build $(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 $(VENV)/bin/ctest --test-dir $(SANITIZED) --output-on-failure
+	rm -rf $(SANITIZED)/package
+	mkdir $(SANITIZED)/package
+	cp -r adabayes_fused tests pyproject.toml $(SANITIZED)/package
+	cp -r triton_kernels $(SANITIZED)/package/adabayes_fused
+	rm -f $(SANITIZED)/package/adabayes_fused/_native*
+	cp $(SANITIZED)/_native* $(SANITIZED)/package/adabayes_fused
+	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/walk.py --cases 2000
+	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) -m pytest tests/test_state.py tests/test_layouts.py tests/test_errors.py
 
 bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results
 	$(RUN) -m bench $(ARGS)
