@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from adabayes_fused import __main__ as report
 from adabayes_fused.backends import foreach

@@ -45,8 +45,8 @@ def _preferred(device: torch.device) -> tuple[str, ...]:
 
 @functools.lru_cache
 def warn_of_foreach(device: torch.device) -> None:
-    """Says, once a device, why "auto" has come down to "foreach" there, where it has although there are kernels for the device."""
+    """Says, once a device, why "auto" has come down to "foreach" there although there are kernels for such devices."""
     reasons = {b: BACKENDS[b].unavailable(device) for b in _preferred(device) if b != "foreach"}
     if reasons and choose("auto", device) == "foreach":
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"parameters on {device} are updated by the slow backend 'foreach', as no other runs there. {why}", stacklevel=2)
+        warnings.warn(f"parameters on {device} are updated by 'foreach', the slow backend: no other runs there. {why}", stacklevel=2)
