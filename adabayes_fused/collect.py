@@ -7,10 +7,8 @@ extension is missing, are prepared in Python as tensors.
 from __future__ import annotations
 
 import sys
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -286,8 +284,8 @@ def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor
 def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
     """One row for each (group, step count), computed in float64."""
     groups = {g: optimizer._options.floats(optimizer.param_groups[g]) for g in {g for g, _ in keys}}
-    rows = array("d", chain.from_iterable(optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys))
-    return torch.frombuffer(rows, dtype=torch.float64).view(-1, COEFFICIENTS)
+    rows = [optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _device_coefficients(

@@ -49,4 +49,4 @@ def warn_of_foreach(device: torch.device) -> None:
     reasons = {b: BACKENDS[b].unavailable(device) for b in _preferred(device) if b != "foreach"}
     if reasons and choose("auto", device) == "foreach":
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"parameters on {device} are updated by 'foreach', the slow backend: no other runs there. {why}", stacklevel=2)
+        warnings.warn(f"parameters on {device} are updated by the slow backend 'foreach': no other runs. {why}", stacklevel=2)
