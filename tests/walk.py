@@ -828,26 +828,27 @@ def one(seed, without=(), subject=None, verbose=False):
 
 
 def in_child(seeds, options):
-    """Walks in a child process, so that a crash too can be told by its seed; how many seeds found something, or the signal."""
-    at = mmap.mmap(-1, 8)
+    """Walks in a child process, so that a crash too has its seed told; how many found something, and the last seed."""
+    shared = mmap.mmap(-1, 16)  # the seed, and how many found something before a crash
     child = os.fork()
     if not child:
         torch.set_num_threads(1)
         found = 0
         for seed in seeds:
-            at[:] = seed.to_bytes(8, "little")
+            shared[:] = seed.to_bytes(8, "little") + found.to_bytes(8, "little")
             found += one(seed, options.without, options.subject, options.seed is not None) is not None
             if found >= options.stop:
                 break
         sys.stdout.flush()
-        os._exit(min(found, 100))
+        shared[8:] = found.to_bytes(8, "little")
+        os._exit(0)
     _, status = os.waitpid(child, 0)
-    seed = int.from_bytes(at[:], "little")
-    if os.WIFSIGNALED(status):
-        name = signal.Signals(os.WTERMSIG(status)).name
-        print(f"seed {seed}: the process died of {name}\n    python tests/walk.py --seed {seed}", flush=True)
-        return 1, seed
-    return os.waitstatus_to_exitcode(status), seed
+    seed, found = (int.from_bytes(part, "little") for part in (shared[:8], shared[8:]))
+    if status:
+        how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit status {os.WEXITSTATUS(status)}"
+        print(f"seed {seed}: the process died of {how}\n    python tests/walk.py --seed {seed}", flush=True)
+        return found + 1, seed
+    return found, seed
 
 
 def main(arguments=None):
