@@ -7,6 +7,7 @@ checkpoint loader has put in place with another dtype, device or layout.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -84,11 +85,15 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def _ordinary_mode() -> AbstractContextManager[Any]:
+    """For memory that may be used in every mode, whatever mode it is made in."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
-    """A state tensor for the part of ``p`` that is here, on its device; laid out as that is where it has no gaps. Whatever mode
-    it is made in, it may be used in every other."""
+    """A state tensor for the part of ``p`` that is here, on its device; laid out as that is where it has no gaps."""
     part, slot = local(p).detach(), None
-    with torch.inference_mode(False):
+    with _ordinary_mode():
         if is_traceable_wrapper_subclass(part):
             return torch.empty(part.shape, dtype=state_dtype(part), device=part.device)
         # In one storage, the state of DTensors would break torch.distributed.checkpoint.async_save.
@@ -108,7 +113,7 @@ def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
 
 def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
     """A step count of its own: a 0-dim float32 tensor."""
-    with torch.inference_mode(False):
+    with _ordinary_mode():
         step = slabs.empty((), (), torch.float32, device)
         if step is None:
             step = torch.empty((), dtype=torch.float32, device=device)
