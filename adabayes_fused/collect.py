@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -85,20 +84,31 @@ def _collect(
     for launch in launches:
         launch.found_inf = on(launch.device, found_inf, torch.float32)
     updates = _updates(launches, prepared)
+    counted_on_device = scaling.on_device and not watched()
     at_once = len(updates) == 1 and launches[0].backend == "cpp"  # changes everything in one call, which no signal interrupts
 
     def run() -> None:
+        optimizer._counted_on_device = counted_on_device
         try:
-            with nullcontext() if at_once else held_back():
+            if at_once and found_inf is None:
+                return updates[0]()
+            with held_back():
                 for update in updates:
                     update()
-                optimizer._counted_on_device = scaling.on_device and not watched()
                 optimizer._count_skipped(found_inf)
         finally:
             if batch is not None:
-                batch.release()
+                _let_go(batch)
 
     return run
+
+
+def _let_go(batch: Any) -> None:
+    """Of the gradients. The step is made: it must not fail any more, and the next one lets go of them, too."""
+    try:
+        batch.release()
+    except MemoryError:
+        pass
 
 
 def _updates(launches: list[Launch], prepared: list[Prepared]) -> list[Callable[[], None]]:

@@ -39,7 +39,7 @@ def is_plain(t: Tensor) -> bool:
 
 def samples() -> list[tuple[Tensor, int]]:
     """Tensors, plain and not, each with its keys: from them the compiled module learns to tell one from the other."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
         t = torch.empty(2, device="cpu", dtype=torch.float32)
         kinds = [t, torch.nn.Parameter(t.clone()), torch._neg_view(t), torch.complex(t, t).conj(), torch._efficientzerotensor(2)]
     return [(t, _keys(t).raw_repr()) for t in kinds]

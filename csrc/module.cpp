@@ -1,6 +1,7 @@
 // The Python module: names, and numbers into structs. No update rule, no pointer arithmetic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <memory>
 #include <tuple>
 #include "batch.h"
 #include "cpu.h"
@@ -40,12 +41,18 @@ void step_cpu(const std::vector<BucketNumbers>& numbers, int threads, const std:
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of adabayes_fused for CPUs and NVIDIA GPUs; adabayes_fused.backends.native is the way in.";
 
+  // Made by functions: a constructor that finds no memory would throw through Python's own frames, which ends the process.
+  m.def("plain_tensors", [](py::list samples, uint64_t plain, uint64_t device_bits, py::object is_plain) {
+    return std::make_unique<PlainTensors>(samples, plain, device_bits, is_plain);
+  });
+  m.def("batch", [](py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types, const PlainTensors& plain) {
+    return std::make_unique<Batch>(slots, tensor_types, api, device_types, plain);
+  });
+
   py::class_<PlainTensors>(m, "PlainTensors")
-      .def(py::init<py::list, uint64_t, uint64_t, py::object>())
       .def("contains", [](const PlainTensors& plain, py::object tensor) { return plain.contains(tensor.ptr()); });
 
   py::class_<Batch>(m, "Batch")
-      .def(py::init<py::tuple, py::tuple, py::capsule, const std::vector<std::string>&, PlainTensors>())
       .def("clear", &Batch::clear)
       .def("begin", &Batch::begin)
       .def("read", &Batch::read)

@@ -353,7 +353,7 @@ def test_a_kernel_is_given_no_foreign_address():
 def test_the_compiled_module_and_python_agree_on_what_is_plain(found):
     """Whether or not it finds out, from samples, where torch keeps a tensor's keys."""
     samples = plain.samples() if found else []
-    known = native.module.PlainTensors(samples, plain.PLAIN, plain.DEVICE_BITS, plain.is_plain)
+    known = native.module.plain_tensors(samples, plain.PLAIN, plain.DEVICE_BITS, plain.is_plain)
     t = torch.randn(3, 4)
     with torch.inference_mode():
         of_inference = torch.ones(3)

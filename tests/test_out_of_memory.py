@@ -111,6 +111,7 @@ def fail_each(whose, case):
         kind, steps, norm, skip = CASES[case]
         params, optimizer = begun("cpp", kind, steps, norm)
         optimizer.skip_nonfinite = skip
+        optimizer._reader()  # made once; pybind11 itself does not survive where it finds no memory for the object
         return params, optimizer
 
     params, optimizer = start()

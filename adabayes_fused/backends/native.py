@@ -30,6 +30,7 @@ def _load() -> tuple[Any, str]:
 
 
 module, missing = _load()
+_plain_tensors = module and module.plain_tensors(plain.samples(), plain.PLAIN, plain.DEVICE_BITS, plain.is_plain)
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
 
@@ -38,8 +39,7 @@ def new_batch(slots: tuple[str, ...], device_types: set[str], dtensor: Any) -> A
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or api is None or not device_types:
         return None
-    known = module.PlainTensors(plain.samples(), plain.PLAIN, plain.DEVICE_BITS, plain.is_plain)
-    return module.Batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), known)
+    return module.batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), _plain_tensors)
 
 
 def bucket(launch: Launch, rows: int, coefficients: int) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ class Dispatches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen = []
-        self.untold = [mock.patch.object(module, "watched", lambda: False) for module in (collect, gather, slabs)]
+        self.untold = [mock.patch.object(module, "watched", return_value=False) for module in (collect, gather, slabs)]
 
     def __enter__(self):
         for patch in self.untold:
