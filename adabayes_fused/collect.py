@@ -7,7 +7,9 @@ extension is missing, are prepared in Python as tensors.
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -281,7 +283,7 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
 
 
 def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor: Any) -> None:
-    known: tuple[Any, Tensor | None] = None, None  # rows read in C++ have their keys in common
+    known: tuple[Any, array[float] | None] = None, None  # rows read in C++ have their keys in common
     for launch in launches:
         if isinstance(launch.keys[0][1], Tensor):
             launch.coefficients = _device_coefficients(optimizer, launch.keys, launch.device, factor)
@@ -291,11 +293,10 @@ def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor
             launch.coefficients = known[1]
 
 
-def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> Tensor:
+def _coefficients(optimizer: _FusedOptimizer, keys: Sequence[tuple[int, float]], factor: float) -> array[float]:
     """One row for each (group, step count), computed in float64."""
     groups = {g: optimizer._options.floats(optimizer.param_groups[g]) for g in {g for g, _ in keys}}
-    rows = [optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys]
-    return torch.tensor(rows, dtype=torch.float64, device="cpu")
+    return array("d", chain.from_iterable(optimizer.algorithm.coefficients(groups[g], step, factor) for g, step in keys))
 
 
 def _device_coefficients(

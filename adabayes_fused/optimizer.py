@@ -35,7 +35,7 @@ from .backends import native
 from .clipping import Scaling
 from .collect import collect
 from .gather import Item
-from .scalars import KnownOptions, tensor_options
+from .scalars import KnownOptions
 from .slabs import Slabs
 
 if TYPE_CHECKING:
@@ -336,8 +336,7 @@ class _FusedOptimizer(Optimizer):
         for group in self.param_groups:
             if group["capturable"]:
                 return True
-            if group not in self._options:
-                scalars += tensor_options(group).values()
+            scalars += self._options.tensors(group).values()
         return any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
 
     def _reader(self) -> Any:

@@ -58,8 +58,13 @@ class KnownOptions:
             self._known[id(group)] = group, values, scalars(options, float)
 
     def floats(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The options of a group that this step has checked."""
-        return self._known[id(group)][2] if group in self else scalars(group, float)
+        """The options of a group that this step has found here or noted."""
+        found = self._known.get(id(group))
+        return found[2] if found is not None else scalars(group, float)
+
+    def tensors(self, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Of such a group, the options that are tensors."""
+        return {} if id(group) in self._known else tensor_options(group)
 
 
 def _number(value: Any) -> Any:

@@ -50,7 +50,7 @@ def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
     launches = [launch for launch in launches if launch.found_inf is None or not launch.found_inf.item()]
     tables = [_table(launch) for launch in launches]
     buckets = [
-        native.bucket(launch, address, launch.known_coefficients().data_ptr())
+        native.bucket(launch, address, launch.coefficient_address())
         for launch, (address, _) in zip(launches, tables, strict=True)
     ]
     arguments = buckets, torch.get_num_threads(), chosen_isa(os.environ.get(ISA_VARIABLE)), list(copies) if launches else []

@@ -92,7 +92,7 @@ def _prepare(launch: Launch) -> Callable[[], None]:
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
     skip = None if launch.found_inf is None else launch.found_inf != 0
 
-    rows = launch.known_coefficients().to(state_dtype)  # rounded once, to the type the rule computes in
+    rows = launch.coefficient_rows().to(state_dtype)  # rounded once, to the type the rule computes in
     known = not isinstance(launch.keys[0][1], Tensor)
     coefficients: list[Scalars] = rows.tolist() if known else [row.unbind() for row in rows.unbind()]
 

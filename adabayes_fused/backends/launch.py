@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class Launch:
     tensors: list[list[Tensor]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     which: list[int] = field(default_factory=list)
-    coefficients: Tensor | None = None  # float64, (sets, 8), on the CPU; on the device where the host must not know them
+    coefficients: array[float] | Tensor | None = None  # float64, eight a set; on the device where the host must not know them
     uploaded: tuple[Tensor, Tensor] | None = None  # rows and chunk map, on the device: backends/table.py
     found_inf: Tensor | None = None  # on the device: one float32, not zero where nothing may change
     groups: tuple[Any, ...] = ()  # process groups over which its gradients are spread, where their norm is wanted
@@ -47,10 +48,16 @@ class Launch:
     def __len__(self) -> int:
         return self.count or len(self.tensors)
 
-    def known_coefficients(self) -> Tensor:
-        """``coefficients``, which are set before a backend prepares the launch."""
+    def coefficient_rows(self) -> Tensor:
+        """``coefficients``, which are set before a backend prepares the launch, as a tensor of shape (sets, 8)."""
         assert self.coefficients is not None
+        if isinstance(self.coefficients, array):
+            self.coefficients = torch.tensor(self.coefficients, dtype=torch.float64, device="cpu").view(-1, COEFFICIENTS)
         return self.coefficients
+
+    def coefficient_address(self) -> int:
+        """Where they lie, for a kernel on the CPU."""
+        return self.coefficients.buffer_info()[0] if isinstance(self.coefficients, array) else self.coefficient_rows().data_ptr()
 
     def rows(self) -> Tensor:
         """The table's rows: int64 on the CPU, shape (parameters, 9)."""

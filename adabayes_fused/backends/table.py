@@ -32,7 +32,8 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
         return launch.uploaded
     rows = launch.rows()
     chunks = _cached_chunk_map(rows[:, 6], chunk)
-    known = launch.coefficients if launch.coefficients is not None and launch.coefficients.device.type == "cpu" else None
+    known = launch.coefficient_rows() if launch.coefficients is not None else None
+    known = known if known is not None and known.device.type == "cpu" else None
     head = known.view(torch.int64).reshape(-1) if known is not None else rows.new_empty(0)
     packed = torch.empty(
         len(head) + rows.numel() + len(chunks), dtype=torch.int64, device="cpu", pin_memory=launch.device.type == "cuda"
@@ -50,4 +51,4 @@ def upload(launch: Launch, chunk: int) -> tuple[Tensor, Tensor]:
 
 def coefficients_of(launch: Launch) -> Tensor:
     """The coefficients where the rows are; ``upload`` has been there."""
-    return launch.known_coefficients().to(launch.device, non_blocking=True)
+    return launch.coefficient_rows().to(launch.device, non_blocking=True)
