@@ -110,7 +110,7 @@ def _let_go(batch: Any) -> None:
     try:
         batch.release()
     except MemoryError:
-        pass
+        return
 
 
 def _updates(launches: list[Launch], prepared: list[Prepared]) -> list[Callable[[], None]]:

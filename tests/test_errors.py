@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -188,6 +189,53 @@ def test_a_launch_that_fails_leaves_no_state(monkeypatch):
 
     monkeypatch.setattr(foreach, "prepare", refuse)
     unchanged_by(AdaBayesFP([parameter(3)], backend="foreach"), RuntimeError, "out of memory")
+
+
+@pytest.mark.parametrize("backend", ["foreach", "triton"])
+def test_a_launch_that_fails_is_not_counted(backend, monkeypatch):
+    """Only the launch itself tells that the driver has no kernel for the device, say."""
+    from adabayes_fused.backends import foreach, triton
+
+    if triton.unavailable(torch.device("cpu")) and backend == "triton":
+        pytest.skip("Triton's interpreter is not here")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no kernel image")
+
+    p = parameter(3)
+    optimizer = AdaBayesFP([p], backend=backend)
+    optimizer.step()
+    if backend == "foreach":
+        monkeypatch.setattr(foreach, "RULES", dict.fromkeys(foreach.RULES, fail))
+    else:
+        from adabayes_fused.triton_kernels import multi_tensor
+
+        monkeypatch.setattr(multi_tensor, "multi_tensor", {(1,): fail})
+    unchanged_by(optimizer, RuntimeError, "no kernel image")
+
+
+def test_foreach_in_place_of_a_kernel_is_said_once(monkeypatch):
+    from adabayes_fused import backends
+    from adabayes_fused.backends import native
+
+    caches = (backends.choose, backends.warn_of_foreach)
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "the compiled extension is not there; install a compiler")
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        optimizer = AdaBayesFP([parameter(3)])
+        words = "are updated by the slow backend 'foreach'.*cpp: the compiled extension is not there; install a compiler"
+        with pytest.warns(UserWarning, match=words):
+            optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+            AdaBayesFP([parameter(3)]).step()
+            AdaBayesFP([parameter(3)], backend="foreach").step()
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 @pytest.mark.parametrize("name", FUSED)
