@@ -117,10 +117,8 @@ def _updates(launches: list[Launch], prepared: list[Prepared]) -> list[Callable[
     """What each backend does of the step, once all of it can be done."""
     updates = []
     for name in dict.fromkeys(launch.backend for launch in launches):
-        its = [launch for launch in launches if launch.backend == name]
-        devices = {launch.device for launch in its}
-        copies = [p.copied for p in prepared if p.copied is not None and p.backend == name and p.copied[0].device in devices]
-        updates.append(backends.BACKENDS[name].prepare(its, copies))
+        copies = [p.copied for p in prepared if p.copied is not None and p.backend == name]
+        updates.append(backends.BACKENDS[name].prepare([launch for launch in launches if launch.backend == name], copies))
     return updates
 
 

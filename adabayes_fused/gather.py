@@ -55,8 +55,6 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
             "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
     for t in (p, grad):
-        if is_plain(local(t)) and local(t).numel() and not local(t).data_ptr():
-            raise RuntimeError(f"{where} or its gradient has no memory: its storage was freed. Give it memory before the step")
         if is_traceable_wrapper_subclass(t) and not (is_sharded(t) and is_sharded(p)):
             raise TypeError(
                 f"{where} or its gradient is a {type(t).__name__}, a tensor made of others (allowed: plain tensors, and DTensors "
@@ -71,13 +69,19 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
         raise RuntimeError(f"{where} was made in inference mode, whose tensors may not be changed outside it; clone it outside")
     if p.numel() and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise RuntimeError(f"{where} is an expanded view, whose elements share memory; optimize the tensor it is a view of")
-    for name, t in {"its gradient": grad, **{name: state[name] for name in names if name in state}}.items():
+    for name, t in {"weights": p, "its gradient": grad, **{name: state[name] for name in names if name in state}}.items():
+        if _freed(local(t)):
+            raise RuntimeError(f"{where} has {name} whose storage was freed; give it memory before the step, or another tensor")
         if t.shape != p.shape and t.shape != local(p).shape:
             raise RuntimeError(
                 f"{where} has {name} of shape {tuple(t.shape)}; a resized parameter needs a new gradient and state"
             )
     if state and (missing := [name for name in ("step", *names) if name not in state]):
         raise RuntimeError(f"{where} lacks {', '.join(missing)} in its state; delete optimizer.state[p] to begin anew")
+
+
+def _freed(t: Tensor) -> bool:
+    return is_plain(t) and t.numel() > 0 and t.data_ptr() == 0
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

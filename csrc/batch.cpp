@@ -194,8 +194,8 @@ void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
   for (size_t k = 0; k < slabs_.size(); ++k) {
     dlpack::Tensor t;
     PyObject* slab = PyList_GET_ITEM(slabs.ptr(), k);
-    if (!describe(slab, t)) throw std::invalid_argument("a slab must be a plain tensor");
-    const int64_t begin = address_of(t), end = begin + numel_of(t) * t.type_bits / 8;
+    const bool there = describe(slab, t);  // its storage may have been freed through a tensor that lay in it
+    const int64_t begin = there ? address_of(t) : 0, end = there ? begin + numel_of(t) * t.type_bits / 8 : 0;
     look |= slabs_[k].tensor.ptr() != slab || begin != slabs_[k].begin || end != slabs_[k].end;
     slabs_[k] = {py::reinterpret_borrow<py::object>(slab), begin, end};
   }

@@ -291,17 +291,21 @@ def test_dtensors_made_of_tensors_made_of_others(name, backend):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("n", [3000, 30])  # the state of the small ones lies in a slab, here each in another
+@pytest.mark.parametrize("what", ["weights", "its gradient", "exp_avg"])
 @pytest.mark.parametrize("name", FUSED)
-def test_memory_that_was_freed_is_refused(name, target):
+def test_memory_that_was_freed_is_refused(name, what, n, target):
     backend, device = target
-    p, q = (torch.nn.Parameter(torch.ones(300, device=device)) for _ in range(2))
+    p, q = torch.nn.Parameter(torch.ones(3000, device=device)), torch.nn.Parameter(torch.ones(n, device=device))
     optimizer = make(name, [p, q], backend)
     for t in (p, q):
         t.grad = torch.ones_like(t)
     optimizer.step()
     before = p.detach().clone()
-    q.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0, shape \(300,\), or its gradient has no memory"):
+    freed = {"weights": q, "its gradient": q.grad, "exp_avg": optimizer.state[q]["exp_avg"]}[what]
+    freed.untyped_storage().resize_(0)
+    del freed
+    with pytest.raises(RuntimeError, match=rf"parameter 1 of group 0, shape \({n},\), has {what} whose storage was freed"):
         optimizer.step()
     assert torch.equal(p, before)
     assert float(optimizer.state[p]["step"]) == 1
