@@ -20,11 +20,13 @@ from . import backends, clipping
 from .backends import native
 from .backends.launch import COEFFICIENTS, Launch
 from .clipping import Scaling
-from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare
+from .gather import DTYPES, Item, Prepared, check_item, new_state, prepare, ready
 from .plain import watched
 from .scalars import on, scalars, tensor_options, wide
 from .sharding import groups_of, spec_of, summed
 from .signals import held_back
+
+CPU = torch.device("cpu")
 
 if TYPE_CHECKING:
     from .optimizer import _FusedOptimizer
@@ -192,19 +194,26 @@ def _prepare(optimizer: _FusedOptimizer, items: list[Item], on_device: bool, cre
     state = optimizer._kept_state
     entries = (entry for entry in state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
     optimizer._slabs.forget_unused(entry.get(name) for entry in entries for name in ("step", *names))
-    for item in items:
-        check_item(item, names)
-        backends.choose(optimizer.backend, item.param.device)  # raises where there is none
+    found, unwatched = [], not watched()
+    for item in items:  # all of them before the first is touched
+        step_device = item.param.device if on_device else CPU
+        tensors = ready(item, names, step_device) if unwatched else None
+        if tensors is None:
+            check_item(item, names)
+        found.append((item, step_device, backends.choose(optimizer.backend, item.param.device), tensors))
     if on_device and _capturing():
         _check_capture(optimizer, items)
     prepared = []
-    for item in items:
-        p, step_device = item.param, item.param.device if on_device else torch.device("cpu")
+    for item, step_device, backend, tensors in found:
+        p = item.param
+        if tensors is not None:
+            prepared.append(Prepared(p, tensors, item.state["step"], item.group, backend, None))
+            continue
         if not item.state:
             state[p] = new_state(optimizer.algorithm, optimizer.lean, p, step_device, optimizer._slabs)
             created.append(p)
             item = item._replace(state=state[p])
-        prepared.append(prepare(item, names, step_device, backends.choose(optimizer.backend, p.device)))
+        prepared.append(prepare(item, names, step_device, backend))
     return prepared
 
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .algorithms import Algorithm
-from .plain import is_plain, watched
+from .plain import has_plain_keys, is_plain, watched
 from .sharding import is_sharded, like, local, placed_like
 from .slabs import Slabs
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
+
+
+_OWN_TYPES = (torch.nn.Parameter, Tensor)
 
 
 class Item(NamedTuple):
@@ -167,6 +170,23 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
         return step
     known = step.detach() if isinstance(step, Tensor) else torch.as_tensor(step, device="cpu")
     return known.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu").reshape(())
+
+
+def ready(item: Item, names: tuple[str, ...], step_device: torch.device) -> list[Tensor] | None:
+    """(param, grad, *slots) of the common case, in which they are as a kernel takes them: plain, contiguous, alike in shape, each
+    in its dtype. None in any other, which ``check_item`` and ``prepare`` sort out."""
+    p, grad, state = item.param, item.grad, item.state
+    tensors: list[Any] = [p, grad, *(state.get(name) for name in names)]
+    if type(p) not in _OWN_TYPES or p.dtype not in DTYPES or not all(type(t) is Tensor for t in tensors[1:]):
+        return None
+    shape, device, dtype, step = p.shape, p.device, state_dtype(p), state.get("step")
+    if not all(t.shape == shape and t.device == device and t.is_contiguous() and t.data_ptr() for t in tensors):
+        return None
+    if grad.dtype not in DTYPES or not all(t.dtype == dtype for t in tensors[2:]):
+        return None
+    if type(step) is not Tensor or step_tensor(step, step_device) is not step or not all(map(has_plain_keys, [*tensors, step])):
+        return None
+    return tensors
 
 
 def prepare(item: Item, names: tuple[str, ...], step_device: torch.device, backend: str) -> Prepared:

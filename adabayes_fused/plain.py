@@ -28,13 +28,18 @@ with torch.inference_mode(False), _disable_current_modes():
 _TORCHS_OWN = (torch._C._disabled_torch_function_impl, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
+def has_plain_keys(t: Tensor) -> bool:
+    """What :func:`is_plain` asks, of a tensor of torch's own Python types."""
+    return bool(_keys(t).raw_repr() & ~DEVICE_BITS == PLAIN)
+
+
 def is_plain(t: Tensor) -> bool:
     """Whether ``t`` lies on a CPU or CUDA device in memory that holds its values and may be written, and nobody but torch
     has a say in what its operations do."""
     function = type(t).__torch_function__
     if getattr(function, "__func__", function) not in _TORCHS_OWN or is_traceable_wrapper_subclass(t):
         return False
-    return bool(_keys(t).raw_repr() & ~DEVICE_BITS == PLAIN)
+    return has_plain_keys(t)
 
 
 def samples() -> list[tuple[Tensor, int]]:

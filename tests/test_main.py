@@ -28,10 +28,10 @@ def test_report():
 
 @pytest.mark.parametrize("wrong", ["sign", "nan", "raises"])
 def test_a_wrong_backend_is_reported(wrong, monkeypatch, capsys):
-    def rule(c, grad, param, *slots):
+    def rule(c, scratch, grad, param, *slots):
         if wrong == "raises":
             raise RuntimeError("no such operator")
-        return param + (1e-9 if wrong == "sign" else float("nan")), *slots
+        param.add_(1e-9 if wrong == "sign" else float("nan"))
 
     monkeypatch.setattr(foreach, "RULES", dict.fromkeys(foreach.RULES, rule))
     assert report.main() == 1

@@ -20,9 +20,9 @@ from .in_turn import Copies, in_turn
 from .launch import Launch
 
 Scalars = Sequence[Any]  # numbers, or 0-dim tensors on the device
-Values = tuple[Tensor, ...]
+Tensors = Sequence[Tensor]
 
-BLOCK = {"cpu": 1 << 15}  # elements that have temporaries at a time
+BLOCK = {"cpu": 1 << 18}  # elements that have temporaries at a time
 BLOCK_ELSEWHERE = 1 << 22
 
 
@@ -30,49 +30,62 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def lerp(average: Tensor, value: Tensor, weight: Any) -> Tensor:
-    """``average`` moved towards ``value``: by a weight of 1 - beta from the average, or of -beta, maybe -0, from the value."""
+def lerp_(average: Tensor, value: Tensor, weight: Any, scratch: Tensor) -> None:
+    """Moves ``average`` towards ``value``: by a weight of 1 - beta from itself, or of -beta, maybe -0, from the value."""
+    move = torch.sub(value, average, out=scratch).mul_(weight)
     if isinstance(weight, Tensor):
-        start = torch.where(torch.signbit(weight), value, average)
-    else:
-        start = value if math.copysign(1.0, weight) < 0.0 else average
-    return (value - average).mul_(weight).add_(start)
+        torch.where(torch.signbit(weight), value, average, out=average)
+    elif math.copysign(1.0, weight) < 0.0:
+        average.copy_(value)
+    average.add_(move)
 
 
 def adabayes(
     c: Scalars,
+    scratch: Tensors,
     grad: Tensor,
     param: Tensor,
     exp_avg: Tensor,
     prior_var: Tensor,
     exp_avg_sq: Tensor | None = None,
     post_var: Tensor | None = None,
-) -> Values:
+) -> None:
     grad_scale, weight1, weight2, keep, step_size, fisher, forget, drift = c
-    g = grad * grad_scale
-    g_sq = g * g
-    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
-    kept = () if exp_avg_sq is None else (lerp(exp_avg_sq, g_sq, weight2),)  # Eq. 4
-    post = prior_var / (prior_var * fisher).mul_(g_sq).add_(1.0)  # Eq. 17a
-    prior_var = (post * forget).neg_().add_(drift).add_(post)  # Eq. 16b
-    param = (param * keep).sub_((exp_avg * step_size).mul_(post))  # Eq. 18
-    return param, exp_avg, prior_var, *kept, post
+    g, move, post = scratch[0], scratch[1], scratch[2] if post_var is None else post_var
+    torch.mul(grad, grad_scale, out=g)
+    lerp_(exp_avg, g, weight1, move)  # Eq. 2
+    g_sq = g.mul_(g)
+    if exp_avg_sq is not None:
+        lerp_(exp_avg_sq, g_sq, weight2, move)  # Eq. 4
+    denom = torch.mul(prior_var, fisher, out=move).mul_(g_sq).add_(1.0)
+    torch.div(prior_var, denom, out=post)  # Eq. 17a
+    torch.mul(post, forget, out=prior_var).neg_().add_(drift).add_(post)  # Eq. 16b
+    torch.mul(exp_avg, step_size, out=move).mul_(post)
+    param.mul_(keep).sub_(move)  # Eq. 18
 
 
 def adabayes_fp(
-    c: Scalars, grad: Tensor, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, post_var: Tensor | None = None
-) -> Values:
+    c: Scalars,
+    scratch: Tensors,
+    grad: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    post_var: Tensor | None = None,
+) -> None:
     grad_scale, weight1, weight2, keep, step_size, a, debias2, eps = c
-    g = grad * grad_scale
-    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g.mul_(g), weight2)  # Eq. 4
-    denom = (exp_avg_sq * debias2).add_(a * a).sqrt_().add_(a).add_(eps)  # Eq. 20
-    param = (param * keep).sub_((exp_avg * step_size).div_(denom))  # Eq. 18
-    kept = () if post_var is None else (torch.full_like(denom, 1.0).mul_(a + a).div_(denom),)
-    return param, exp_avg, exp_avg_sq, *kept
+    g, move = scratch[:2]
+    torch.mul(grad, grad_scale, out=g)
+    lerp_(exp_avg, g, weight1, move)  # Eq. 2
+    lerp_(exp_avg_sq, g.mul_(g), weight2, move)  # Eq. 4
+    denom = torch.mul(exp_avg_sq, debias2, out=g).add_(a * a).sqrt_().add_(a).add_(eps)  # Eq. 20
+    torch.mul(exp_avg, step_size, out=move).div_(denom)
+    param.mul_(keep).sub_(move)  # Eq. 18
+    if post_var is not None:
+        post_var.fill_(1.0).mul_(a + a).div_(denom)
 
 
-RULES: dict[str, Callable[..., Values]] = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
+RULES: dict[str, Callable[..., None]] = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
@@ -91,31 +104,39 @@ def _prepare(launch: Launch) -> Callable[[], None]:
     rule = RULES[launch.algorithm.name]
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
     skip = None if launch.found_inf is None else launch.found_inf != 0
-
     rows = launch.coefficient_rows().to(state_dtype)  # rounded once, to the type the rule computes in
     known = not isinstance(launch.keys[0][1], Tensor)
     coefficients: list[Scalars] = rows.tolist() if known else [row.unbind() for row in rows.unbind()]
+    blocks = list(_blocks(launch))
+    largest = max((sum(tensors[0].numel() for tensors in block) for _, block in blocks), default=0)
+    scratch = [torch.empty(largest, dtype=state_dtype, device=launch.device) for _ in range(3)]
 
     def run() -> None:
-        for k, block in _blocks(launch):
+        for k, block in blocks:
             columns = [list(column) for column in zip(*block, strict=True)]
-            param, grad, *slots = (_flat(column).to(state_dtype) for column in columns)
-            values = rule(coefficients[k], grad, param, *slots)
-            if skip is not None:
-                values = tuple(torch.where(skip, old, new) for old, new in zip((param, *slots), values, strict=False))
-            del columns[1]  # the gradients stay
-            split = (_unflatten(value, column) for value, column in zip(values, columns, strict=False))
-            torch._foreach_copy_([t for column in columns for t in column], [t for column in split for t in column])
+            flat = [_flat(column) for column in columns]
+            param, grad, *slots = (t.to(state_dtype) for t in flat)
+            values, written = [param, *slots], [columns[0], *columns[2:]]
+            apart = len(block) > 1 or param is not flat[0]  # copies, which are written back
+            before = None if skip is None else [t.clone() for t in values]
+            rule(coefficients[k], [t[: param.numel()] for t in scratch], grad, param, *slots)
+            if skip is not None and before is not None:
+                for value, old in zip(values, before, strict=True):
+                    torch.where(skip, old, value, out=value)
+            if apart:
+                split = (_unflatten(value, column) for value, column in zip(values, written, strict=True))
+                torch._foreach_copy_([t for column in written for t in column], [t for column in split for t in column])
 
     return run
 
 
 def _flat(column: list[Tensor]) -> Tensor:
-    return column[0].reshape(-1) if len(column) == 1 else torch._C._nn.flatten_dense_tensors(column)
+    """The tensors end to end: a copy, but for one alone."""
+    return column[0] if len(column) == 1 else torch._C._nn.flatten_dense_tensors(column)
 
 
-def _unflatten(value: Tensor, column: list[Tensor]) -> Sequence[Tensor]:
-    return [value.view(column[0].shape)] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
+def _unflatten(value: Tensor, column: list[Tensor]) -> Tensors:
+    return [value] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
 
 
 def _blocks(launch: Launch) -> Iterator[tuple[int, list[list[Tensor]]]]:
@@ -126,13 +147,20 @@ def _blocks(launch: Launch) -> Iterator[tuple[int, list[list[Tensor]]]]:
     for k, tensors in sorted(zip(launch.which, launch.tensors, strict=True), key=lambda item: item[0]):
         size = tensors[0].numel()
         if block and (k != block_k or numel + size > most):
-            yield block_k, block
+            yield block_k, _lines(block)
             block, numel = [], 0
-        if size > most:
-            lines = [t.as_strided((size,), (1,)) for t in tensors]  # all are dense and laid out alike
+        if 2 * size > most:  # worth no copy
+            (lines,) = _lines([tensors])
             yield from ((k, [[line[i : i + most] for line in lines]]) for i in range(0, size, most))
         elif size:
             block.append(tensors)
             block_k, numel = k, numel + size
     if block:
-        yield block_k, block
+        yield block_k, _lines(block)
+
+
+def _lines(block: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The tensors of a parameter that is alone in the order of their memory, which is the same for all of them."""
+    if len(block) > 1:
+        return block
+    return [[t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in block[0]]]
