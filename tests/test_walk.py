@@ -18,7 +18,7 @@ def walk(*arguments):
 
 @pytest.mark.skipif(cpp.unavailable(torch.device("cpu")) is not None, reason="the compiled module is not there")
 def test_whatever_happens_between_two_steps():
-    done = walk("--cases", "1500")
+    done = walk("--cases", "1000")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
