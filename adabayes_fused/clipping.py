@@ -67,7 +67,7 @@ def decide(optimizer: _FusedOptimizer, launches: list[Launch], scaling: Scaling)
         return 1.0 / grad_scale, found_inf
     total: Any = square_sum(optimizer, launches)
     if isinstance(grad_scale, Tensor):
-        grad_scale = grad_scale.to(total.device, non_blocking=True)
+        grad_scale = on(total.device, grad_scale, wide(total.device))
     if not on_device:
         total = total.item()
     optimizer._grad_norm, factor = norm_and_factor(total, grad_scale, optimizer.max_grad_norm)

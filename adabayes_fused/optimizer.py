@@ -35,7 +35,7 @@ from .backends import native
 from .clipping import Scaling
 from .collect import collect
 from .gather import Item
-from .scalars import KnownOptions
+from .scalars import KnownOptions, on
 from .slabs import Slabs
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ class _FusedOptimizer(Optimizer):
 
     def _count_skipped(self, found_inf: Any) -> None:
         if isinstance(found_inf, Tensor):
-            self._skipped = self._skipped.to(found_inf.device, non_blocking=True)
+            self._skipped = on(found_inf.device, self._skipped, torch.int64)
             self._skipped += found_inf.reshape(()) != 0
         elif found_inf:
             self._skipped += 1

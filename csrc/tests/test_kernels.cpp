@@ -282,9 +282,12 @@ void cpu() {
     for (const std::string& isa : cpu_isas())
       for (int threads : {1, 2}) {
         Job got = job;
-        const std::vector<Row> rows = rows_of(got, full);
+        std::vector<Row> rows = rows_of(got, full);
+        std::vector<float> steps(rows.size(), 4);
+        for (size_t r = 1; r < rows.size(); ++r) rows[r].step = reinterpret_cast<int64_t>(&steps[r]);
         run_cpu({bucket_of(got, full, rows)}, threads, isa);
         check_equal(got, expected, full, isa + ", threads " + std::to_string(threads));
+        for (size_t r = 0; r < rows.size(); ++r) CHECK(steps[r], r ? 5 : 4);  // the first row has no step count
       }
   });
 }
