@@ -136,7 +136,7 @@ def fail_each(whose, case):
         arm(at)
         try:
             optimizer.step()
-        except (MemoryError, RuntimeError, SystemError) as error:
+        except (MemoryError, RuntimeError, SystemError, TypeError) as error:  # pybind11 has other words for it
             seen, raised = disarm(), error
             traceback = error.__traceback__
             while traceback.tb_next:
