@@ -50,6 +50,11 @@ def _average_weight(beta: Any) -> Any:
     return -beta if beta < 0.5 else 1.0 - beta
 
 
+def moves_far(group: Group) -> bool:
+    """Whether an average of the group moves, or may move, by more than half in a step."""
+    return any(isinstance(beta, torch.Tensor) or beta < 0.5 for beta in group["betas"])
+
+
 def _common(group: Group, step: Any, grad_factor: Any) -> tuple[Any, ...]:
     """What both rules begin with: the gradient's factor, how the averages move, and the weight's factor (1 - lambda)."""
     sign = -1.0 if group["maximize"] else 1.0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends, clipping
+from .algorithms import moves_far
 from .backends import native
 from .backends.launch import COEFFICIENTS, Launch
 from .clipping import Scaling
@@ -292,6 +293,7 @@ def _launches_of_tensors(optimizer: _FusedOptimizer, prepared: list[Prepared], o
 def _set_coefficients(optimizer: _FusedOptimizer, launches: list[Launch], factor: Any) -> None:
     known: tuple[Any, array[float] | None] = None, None  # rows read in C++ have their keys in common
     for launch in launches:
+        launch.far = any(moves_far(optimizer.param_groups[g]) for g in {g for g, _ in launch.keys})
         if isinstance(launch.keys[0][1], Tensor):
             launch.coefficients = _device_coefficients(optimizer, launch.keys, launch.device, factor)
         else:

@@ -189,7 +189,7 @@ void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
   const bool shared = found.is(tensor.attr("grad")) && Py_TYPE(found.ptr()) == &PyGetSetDescr_Type;
   grad_ = shared ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset : nullptr;
 
-  bool look = held || asked != asked_ || slabs.size() != slabs_.size();
+  bool look = held || held_ || asked != asked_ || slabs.size() != slabs_.size();
   slabs_.resize(slabs.size());
   for (size_t k = 0; k < slabs_.size(); ++k) {
     dlpack::Tensor t;
@@ -199,7 +199,7 @@ void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
     look |= slabs_[k].tensor.ptr() != slab || begin != slabs_[k].begin || end != slabs_[k].end;
     slabs_[k] = {py::reinterpret_borrow<py::object>(slab), begin, end};
   }
-  asked_ = asked;
+  asked_ = asked, held_ = held;
   if (!look) return;
   ++date_;
   sorted_slabs_.clear();

@@ -25,8 +25,8 @@ class Batch {
 
   // Begins a step. `apart`: DTensors of one mesh and placements have launches of their own. `slabs`: the optimizer's own memory
   // for small state, one tensor each. `asked`: how often the state has been asked for. State that lay in a slab, and that nobody
-  // else could reach when it was looked at, is looked at again once it has been asked for, if `held` (somebody has it now),
-  // or if a slab's memory has been replaced.
+  // else could reach when it was looked at, is looked at again once it has been asked for, if `held` (somebody has it now, or had
+  // it in the step before), or if a slab's memory has been replaced.
   void begin(py::list slabs, int64_t asked, bool held, bool apart);
 
   // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
@@ -103,6 +103,7 @@ class Batch {
   std::vector<Slab> slabs_;                                 // in the optimizer's order
   std::vector<std::pair<int64_t, int64_t>> sorted_slabs_;   // their addresses
   int64_t date_ = 1, asked_ = -1;                           // of what is known now; `asked` of the step before
+  bool held_ = true;                                        // of the step before: what was looked at then could be changed since
   int64_t looked_at_ = 0;
   std::vector<Kept> kept_;  // by position in the optimizer's groups
   size_t position_ = 0;

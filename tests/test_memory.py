@@ -460,6 +460,28 @@ def test_state_changed_while_its_parameter_has_no_gradient(name, change, target)
         assert torch.equal(optimizer.state[p]["exp_avg"], other.state[q]["exp_avg"])
 
 
+def test_state_changed_by_who_held_it_in_the_step_before_and_lets_go(target):
+    """The step that looks at the state while somebody holds it cannot know what they do with it afterwards."""
+    backend, device = target
+    runs = []
+    for by in (backend, "foreach"):
+        params = [torch.nn.Parameter(torch.zeros(3, device=device)) for _ in range(2)]
+        optimizer = make("AdaBayes", params, by)
+        for t in range(5):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + t)
+            held = optimizer.state if t == 2 else None
+            optimizer.step()
+            if held is not None:
+                held[params[0]] = {key: value.clone() + 1 for key, value in held[params[0]].items()}
+            del held
+        runs.append((params, optimizer))
+    (params, optimizer), (others, other) = runs
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, other.state[q][key]) for key, value in optimizer.state[p].items())
+
+
 def test_slabs_let_go_of_are_not_written_to():
     """State of frozen parameters is thrown away, its memory goes to others, and the parameters train again."""
     params = [torch.nn.Parameter(torch.ones(16)) for _ in range(2000)]  # enough for slabs to be let go of

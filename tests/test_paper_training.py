@@ -364,7 +364,8 @@ def test_cifar_s_layout_and_resnet_34_to_the_table(tmp_path):
         records = rng.integers(0, 256, (20, 3073), np.uint8)
         records[:, 0] = np.arange(20) % 10
         (tmp_path / name).write_bytes(records.tobytes())
-    options = dict(network="resnet34", width=0.0625, epochs=2, optimizers=["AdaBayes", "AdamW"], seeds=[0, 1], device="cpu")
+    # With 4 channels, at a width of 1/16, the backward convolution of torch 2.13 (oneDNN, AVX2 without AVX-512) ends the process.
+    options = dict(network="resnet34", width=0.125, epochs=2, optimizers=["AdaBayes", "AdamW"], seeds=[0, 1], device="cpu")
     process = command("cifar10", "--no-appendix", folder=tmp_path, output=tmp_path / "out", name="noise", **options)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out

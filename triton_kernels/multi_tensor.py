@@ -71,6 +71,7 @@ def _update_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     EVICT: tl.constexpr,
+    FAR: tl.constexpr,
     FULL: tl.constexpr,
 ):
     param_ptr = _pointer(row, 0, PARAM, begin, FULL)
@@ -86,7 +87,7 @@ def _update_chunk(
         slot0 = _load(ptr0, i, left, STATE, FULL, EVICT)
         slot1 = _load(ptr1, i, left, STATE, FULL, EVICT)
         slot2 = _load(ptr2, i, left, STATE, FULL, EVICT) if READS > 2 else tl.zeros_like(param)
-        param, slot0, slot1, slot2, slot3 = RULE(c, grad, param, slot0, slot1, slot2, tl.zeros_like(param))
+        param, slot0, slot1, slot2, slot3 = RULE(c, grad, param, slot0, slot1, slot2, tl.zeros_like(param), FAR)
         _store(param_ptr, i, left, param, FULL, EVICT)
         _store(ptr0, i, left, slot0, FULL, EVICT)
         _store(ptr1, i, left, slot1, FULL, EVICT)
@@ -112,8 +113,9 @@ def multi_tensor(
     BLOCK: tl.constexpr,
     EVICT: tl.constexpr,
     SKIPPABLE: tl.constexpr,
+    FAR: tl.constexpr,
 ):
-    """``found_inf``: one float; where SKIPPABLE and it is not zero, nothing changes."""
+    """``found_inf``: one float; where SKIPPABLE and it is not zero, nothing changes. FAR: some average moves far."""
     row, begin, left = _chunk(rows, chunks, CHUNK)
     if SKIPPABLE:
         left = tl.where(tl.load(found_inf) != 0, 0, left)
@@ -130,9 +132,9 @@ def multi_tensor(
     )
     addresses = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 4) | tl.load(row + 5)
     if (left >= CHUNK) & (addresses % 16 == 0):
-        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, True)
+        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, FAR, True)
     else:
-        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, False)
+        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, FAR, False)
 
 
 @triton.jit

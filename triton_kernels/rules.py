@@ -20,18 +20,22 @@ def square_root(x):
 
 
 @triton.jit
-def lerp(average, value, weight):
-    """``average`` moved towards ``value``: by a weight of 1 - beta from the average, or of -beta, maybe -0, from the value."""
-    return tl.where(1.0 / weight < 0.0, value, average) + (value - average) * weight
+def lerp(average, value, weight, FAR: tl.constexpr):
+    """``average`` moved towards ``value``: by a weight of 1 - beta from the average, or of -beta, maybe -0, from the value. The
+    latter only where FAR, as it costs registers."""
+    if not FAR:
+        return average + (value - average) * weight
+    sign_bit = weight.to(tl.int64 if weight.dtype == tl.float64 else tl.int32, bitcast=True) < 0
+    return tl.where(sign_bit, value, average) + (value - average) * weight
 
 
 @triton.jit
-def adabayes(coefficients, grad, param, exp_avg, prior_var, exp_avg_sq, post_var):
+def adabayes(coefficients, grad, param, exp_avg, prior_var, exp_avg_sq, post_var, FAR: tl.constexpr):
     grad_scale, weight1, weight2, keep, step_size, fisher, forget, drift = coefficients
     g = grad * grad_scale
     g_sq = g * g
-    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g_sq, weight2)  # Eq. 4
+    exp_avg = lerp(exp_avg, g, weight1, FAR)  # Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, weight2, FAR)  # Eq. 4
     post_var = divide(prior_var, 1.0 + prior_var * fisher * g_sq)  # Eq. 17a
     prior_var = post_var + (drift - post_var * forget)  # Eq. 16b
     param = param * keep - exp_avg * step_size * post_var  # Eq. 18
@@ -39,12 +43,12 @@ def adabayes(coefficients, grad, param, exp_avg, prior_var, exp_avg_sq, post_var
 
 
 @triton.jit
-def adabayes_fp(coefficients, grad, param, exp_avg, exp_avg_sq, post_var, unused):
+def adabayes_fp(coefficients, grad, param, exp_avg, exp_avg_sq, post_var, unused, FAR: tl.constexpr):
     grad_scale, weight1, weight2, keep, step_size, a, debias2, eps = coefficients
     g = grad * grad_scale
     g_sq = g * g
-    exp_avg = lerp(exp_avg, g, weight1)  # Eq. 2
-    exp_avg_sq = lerp(exp_avg_sq, g_sq, weight2)  # Eq. 4
+    exp_avg = lerp(exp_avg, g, weight1, FAR)  # Eq. 2
+    exp_avg_sq = lerp(exp_avg_sq, g_sq, weight2, FAR)  # Eq. 4
     denom = a + square_root(a * a + exp_avg_sq * debias2) + eps  # Eq. 20
     post_var = divide(a + a, denom)
     param = param * keep - divide(exp_avg * step_size, denom)  # Eq. 18

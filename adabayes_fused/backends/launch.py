@@ -36,6 +36,7 @@ class Launch:
     steps: list[Tensor] = field(default_factory=list)
     which: list[int] = field(default_factory=list)
     coefficients: array[float] | Tensor | None = None  # float64, eight a set; on the device where the host must not know them
+    far: bool = False  # some average moves by more than half, which takes a kernel of Triton's that can
     uploaded: tuple[Tensor, Tensor] | None = None  # rows and chunk map, on the device: backends/table.py
     found_inf: Tensor | None = None  # on the device: one float32, not zero where nothing may change
     groups: tuple[Any, ...] = ()  # process groups over which its gradients are spread, where their norm is wanted

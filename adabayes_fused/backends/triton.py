@@ -57,6 +57,7 @@ def constants(launch: Launch) -> dict[str, Any]:
         BLOCK=BLOCK,
         EVICT=EVICT,
         SKIPPABLE=launch.found_inf is not None,
+        FAR=launch.far,
     )
 
 
