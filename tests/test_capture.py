@@ -66,8 +66,6 @@ def test_capture_of_an_option_on_the_cpu_is_refused(option, request):
 @pytest.mark.parametrize("name", FUSED)
 def test_replays_are_eager_steps(name, policy, backend):
     """Twenty replays under a schedule, gradients clipped or skipped by turns, and after a checkpoint has been loaded."""
-    if backend == "foreach" and policy:
-        pytest.skip("foreach waits for the flag it is given")
     params, others = make_params("cuda"), make_params("cuda")
     lr = torch.tensor(1e-2, dtype=torch.float64, device="cuda")
     captured = make(name, params, lr, backend=backend, capturable=True, **policy)

@@ -78,8 +78,6 @@ def waiting_is_an_error():
 @pytest.mark.parametrize("name", FUSED)
 def test_no_step_waits(name, lean, lr, policy, scaled, backend):
     """From the first on, by torch's own watch and behind a long kernel."""
-    if backend == "foreach" and (scaled or "skip_nonfinite" in policy):
-        pytest.skip("foreach waits for the flag it is given")
     params = parameters()
     rate = torch.tensor(1e-2, device="cuda") if lr == "tensor" else 1e-2
     optimizer = make(name, params, backend, rate, lean=lean, **policy)
