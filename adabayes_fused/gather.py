@@ -20,8 +20,6 @@ from .sharding import is_sharded, like, local, placed_like
 from .slabs import Slabs
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
-
-
 _OWN_TYPES = (torch.nn.Parameter, Tensor)
 
 

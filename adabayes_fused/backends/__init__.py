@@ -38,7 +38,6 @@ def choose(name: str, device: torch.device) -> str:
     return name
 
 
-
 def _preferred(device: torch.device) -> tuple[str, ...]:
     return PREFERRED.get(device.type, ("foreach",))
 
