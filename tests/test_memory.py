@@ -8,6 +8,10 @@ import pytest
 import torch
 from runs import FUSED
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -266,29 +270,53 @@ def test_a_parameter_that_overrides_torch_functions_is_asked(name):
     assert (p.detach().as_subclass(torch.Tensor) != 1).all()
 
 
+@pytest.fixture
+def processes():
+    """Of torch.distributed, two that are pretended."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def dtensor(part, mesh):
+    """One of which ``part`` is the half that is here, wherever it lies."""
+    meta = TensorMeta(torch.Size([2 * len(part)]), (1,), part.dtype)
+    return DTensor(part, DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+
+
 @pytest.mark.parametrize("backend", ["auto", "foreach"])
 @pytest.mark.parametrize("name", FUSED)
-def test_dtensors_made_of_tensors_made_of_others(name, backend):
+def test_dtensors_made_of_tensors_made_of_others(name, backend, processes):
     """As FSDP2 with float8 all-gathers has them: two tensors under one, neither of which has the memory of both."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    mesh = DeviceMesh("cpu", torch.arange(2))
+    p = torch.nn.Parameter(dtensor(TwoTensor(torch.ones(4), torch.full((4,), 2.0)), mesh))
+    optimizer = make(name, [p], backend)
+    for _ in range(2):
+        p.grad = dtensor(torch.ones(4), mesh)
+        optimizer.step()
+    part = p._local_tensor
+    expected, _ = updated(name, torch.nn.Parameter(torch.ones(4)), torch.ones(4), backend)
+    torch.testing.assert_close(part.a, expected, rtol=1e-6, atol=0)
+    assert not torch.equal(part.b, torch.full((4,), 2.0))
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        inner = TwoTensor(torch.ones(4), torch.full((4,), 2.0))
-        p = torch.nn.Parameter(DTensor.from_local(inner, mesh, [Shard(0)], run_check=False))
-        optimizer = make(name, [p], backend)
-        for _ in range(2):
-            p.grad = DTensor.from_local(torch.ones(4), mesh, [Shard(0)], run_check=False)
-            optimizer.step()
-        part = p._local_tensor
-        expected, _ = updated(name, torch.nn.Parameter(torch.ones(4)), torch.ones(4), backend)
-        torch.testing.assert_close(part.a, expected, rtol=1e-6, atol=0)
-        assert not torch.equal(part.b, torch.full((4,), 2.0))
-    finally:
-        torch.distributed.destroy_process_group()
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_state_lies_where_the_part_does_and_not_where_the_mesh_is(name, lean, backend, processes):
+    """FSDP2 with CPUOffloadPolicy: parts on the CPU, a mesh of GPUs, or here of another device."""
+    mesh = DeviceMesh("meta", torch.arange(2), _init_backend=False)
+    p = torch.nn.Parameter(dtensor(torch.ones(4), mesh))
+    optimizer = make(name, [p], backend, lean=lean)
+    for t in range(4):
+        p.grad = dtensor(torch.ones(4), mesh)
+        optimizer.step()
+        if t == 1:
+            optimizer.load_state_dict(optimizer.state_dict())
+        entry = optimizer.state[p]
+        assert all(entry[key].to_local().device.type == "cpu" for key in entry.keys() - {"step"})
+    expected, _ = updated(name, torch.nn.Parameter(torch.ones(4)), torch.ones(4), backend, steps=4)
+    assert torch.equal(p._local_tensor, expected)
 
 
 @pytest.mark.parametrize("n", [3000, 30])  # the state of the small ones lies in a slab, here each in another
