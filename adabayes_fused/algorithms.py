@@ -125,7 +125,7 @@ ALGORITHMS = (ADABAYES, ADABAYES_FP)
 ROUNDING = 1e-9
 
 
-def plain(value: Any) -> Any:
+def python_number(value: Any) -> Any:
     """A number of numpy's, or a fraction or decimal, as one of Python's own, which a step computes with and every checkpoint
     loads; a tensor, and what is no number, as it is."""
     if value is None or type(value) in (float, int, bool, str) or isinstance(value, torch.Tensor):
@@ -159,7 +159,7 @@ def _number(value: Any, name: str = "hyper-parameter") -> float | None:
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number, given {value!r}")
         return float(value.detach()) if value.device.type == "cpu" else None
-    number = plain(value)
+    number = python_number(value)
     if type(number) not in (int, float):
         raise TypeError(f"{name} must be a number or a one-element tensor, given {value!r}")
     return float(number)
@@ -196,7 +196,7 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
     allowed = "a finite number >= 0; lambda is lr * weight_decay"
     _within(group["weight_decay"], "weight_decay", -ROUNDING, inf, "weight_decay value", allowed)
     for flag in ("maximize", "capturable"):
-        if not isinstance(plain(group[flag]), (bool, int)):
+        if not isinstance(python_number(group[flag]), (bool, int)):
             raise TypeError(f"Invalid {flag} value: {group[flag]!r} (allowed: True or False)")
     batch_size = group["batch_size"]
     if batch_size is not None:
@@ -211,7 +211,7 @@ def check_group(algorithm: Algorithm, group: Group) -> None:
         )
     if group["transition"] not in ("paper", "exact"):
         raise ValueError(f"Invalid transition: {group['transition']!r} (allowed: 'paper', 'exact')")
-    if not isinstance(plain(group["variance_follows_lr"]), (bool, int)):
+    if not isinstance(python_number(group["variance_follows_lr"]), (bool, int)):
         raise TypeError(f"Invalid variance_follows_lr value: {group['variance_follows_lr']!r} (allowed: True or False)")
 
 
@@ -299,15 +299,16 @@ def take_up_edits(algorithm: Algorithm, group: dict[str, Any], known: Any) -> An
 _NUMBERS = ("lr", "batch_size", "weight_decay", "eps", "r", "first_prior", "maximize", "capturable", "variance_follows_lr")
 
 
-def make_plain(group: dict[str, Any]) -> None:
+def make_python_numbers(group: dict[str, Any]) -> None:
     """Turns the options into Python's own numbers, or one-element tensors, and a tuple."""
-    group.update({name: plain(group[name]) for name in _NUMBERS if name in group}, betas=tuple(map(plain, pair(group["betas"]))))
+    betas = tuple(map(python_number, pair(group["betas"])))
+    group.update({name: python_number(group[name]) for name in _NUMBERS if name in group}, betas=betas)
 
 
 def complete_group(algorithm: Algorithm, group: dict[str, Any]) -> None:
     """Adds what is derived once, when a group is added: ``r`` and, for AdaBayes, ``first_prior``, the first sigma^2."""
     check_group(algorithm, group)
-    make_plain(group)
+    make_python_numbers(group)
     lr, sgd_lr = max(_number_of(group, "lr"), 0.0), _sgd_lr_of(algorithm, group)
     if group.get("r") is None:
         if lr == 0.0 and sgd_lr != math.inf:

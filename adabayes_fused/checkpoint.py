@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES, ALGORITHMS, complete_group, make_plain, present
+from .algorithms import ADABAYES, ALGORITHMS, complete_group, make_python_numbers, present
 from .gather import new_slot, new_step, own_copy
 from .scalars import SCALARS
 from .sharding import is_sharded, local
@@ -36,7 +36,7 @@ def tidy_groups(optimizer: Any, state_dict: dict[str, Any]) -> None:
     that were written to a group in another form as Python's own numbers."""
     for group, here in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         group.update(present(optimizer.algorithm, group, optimizer._sgd_lr_of_r(here)))
-        make_plain(group)
+        make_python_numbers(group)
 
 
 def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

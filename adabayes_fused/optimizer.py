@@ -28,7 +28,7 @@ from .algorithms import (
     check_step,
     complete_group,
     meant,
-    plain,
+    python_number,
     take_up_edits,
 )
 from .backends import native
@@ -200,7 +200,7 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError or TypeError, as a group with this batch_size would; nothing has changed then.
         """
-        n = n.item() if isinstance(n, Tensor) and n.numel() == 1 else plain(n)
+        n = n.item() if isinstance(n, Tensor) and n.numel() == 1 else python_number(n)
         check_batch_size(n)
         for group in self.param_groups:
             check_step(self.algorithm, {**group, "batch_size": n}, self._sgd_lr_of_r(group))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithms import pair, plain
+from .algorithms import pair, python_number
 
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # numbers or one-element tensors; betas too
 
@@ -70,7 +70,7 @@ class KnownOptions:
 def _number(value: Any) -> Any:
     if type(value) is float:  # nearly always, at each step
         return value
-    return value.detach() if isinstance(value, Tensor) else plain(value)
+    return value.detach() if isinstance(value, Tensor) else python_number(value)
 
 
 def _not_negative(value: Any) -> Any:

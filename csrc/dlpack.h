@@ -19,19 +19,11 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-struct Managed {  // owns a reference to the tensor
-  uint32_t major, minor;
-  void* context;
-  void (*deleter)(Managed* self);
-  uint64_t flags;
-  Tensor tensor;
-};
-
 struct Api {
   uint32_t major, minor;
   Api* older;
   void* managed_tensor_allocator;
-  int (*managed_from_object)(void* object, Managed** out);
+  void* managed_from_object;
   void* managed_tensor_to_object;
   int (*tensor_from_object)(void* object, Tensor* out);  // borrows: valid while the object is
   void* current_work_stream;
