@@ -33,5 +33,7 @@ def _counting(launch: Launch) -> Callable[[], None]:
         numbers = native.bucket(launch, launch.address, 0)
         return lambda: native.module.count_steps(*numbers)
     steps, by = launch.steps, 1 if launch.found_inf is None else launch.found_inf == 0
-    # A list of tensors: of one tensor alone torch would take the value, and wait for it.
-    return lambda: torch._foreach_add_(steps, [by] * len(steps) if isinstance(by, Tensor) else by)
+    if not isinstance(by, Tensor):
+        return lambda: torch._foreach_add_(steps, by)
+    # Without alpha torch would take the overload for numbers, and wait for this one's value.
+    return lambda: torch._foreach_add_(steps, by.float(), alpha=1)
