@@ -1,8 +1,9 @@
 """The algorithms: what each keeps per weight, and the numbers of one step, in float64.
 
 The elementwise half of an algorithm, its rule, stands once per language: ``csrc/rule.h``, ``triton_kernels/rules.py``,
-``backends/foreach.py``. The scalar half stands here, once for all of them: ``coefficients`` turns a parameter group and
-a step count into the eight numbers a rule takes, in the rule's order.
+``backends/foreach.py``. The scalar half stands here, once for all of them: ``coefficients`` turns a parameter group into the
+eight numbers a rule takes, in the rule's order. Averages begin at zero; some of the eight are therefore divided by
+``1 - beta**step`` where the update runs, since on a GPU only the GPU knows the step count.
 
 Units: ``g = p.grad`` is the gradient of the mean loss, the paper's gradient is ``B * g`` with B the batch size. The paper's
 sigma^2 is ``lr * r / B`` with ``r = sgd_lr / lr``, and variances are kept in units of it (``transition`` and
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import numbers
 import os.path
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,42 @@ class Algorithm(NamedTuple):
     lean: int
     reads: int
     initial: tuple[float, ...]
-    coefficients: Callable[..., tuple[Any, ...]]  # (group, step, grad_factor=1.0)
+    coefficients: Callable[[Group], tuple[Any, ...]]
+    corrected: tuple[tuple[int, int], ...]  # (which coefficient, of which beta) are divided by 1 - beta**step
 
     def stored(self, lean: bool) -> tuple[str, ...]:
         return self.slots[: self.lean] if lean else self.slots
+
+    def numbers(self, group: Group) -> tuple[Any, ...]:
+        """The coefficients, then for each the decay of the average it is corrected for, 0.0 where it is for none: all that a
+        step takes of a group. Works on floats and on 0-dim float64 tensors alike."""
+        decays: list[Any] = [0.0] * 8
+        for i, beta in self.corrected:
+            decays[i] = group["betas"][beta]
+        return *self.coefficients(group), *decays
+
+
+def power(base: Any, exponent: Any) -> Any:
+    """``base**exponent`` by repeated squaring: multiplications alone, which every language and device rounds alike. Exponents are
+    whole numbers, or tensors of such in the type to compute in."""
+    if isinstance(exponent, torch.Tensor):  # which is not waited for: all 25 bits that a step count may have
+        places = torch.arange(25, device=exponent.device).view(-1, *[1] * exponent.dim())
+        result: Any = torch.ones_like(exponent)
+        for bit in (exponent.long() >> places) & 1 != 0:
+            result, base = torch.where(bit, result * base, result), base * base
+        return result
+    result = 1.0
+    while exponent > 0:
+        result = result * base if exponent % 2 else result
+        base, exponent = base * base, exponent // 2
+    return result
+
+
+def corrected(numbers: Sequence[Any], step: Any) -> list[Any]:
+    """The coefficients at step count ``step`` (1 at the first; a whole number, or a tensor of such in the type to compute in),
+    from ``Algorithm.numbers``."""
+    exact = zip(numbers[:8], numbers[8:], strict=True)
+    return [c if type(decay) is float and decay == 0.0 else c / (1.0 - power(decay, step)) for c, decay in exact]
 
 
 def _expm1(x: Any) -> Any:
@@ -55,10 +88,10 @@ def moves_far(group: Group) -> bool:
     return any(isinstance(beta, torch.Tensor) or beta < 0.5 for beta in group["betas"])
 
 
-def _common(group: Group, step: Any, grad_factor: Any) -> tuple[Any, ...]:
+def _common(group: Group) -> tuple[Any, ...]:
     """What both rules begin with: the gradient's factor, how the averages move, and the weight's factor (1 - lambda)."""
     sign = -1.0 if group["maximize"] else 1.0
-    return sign * grad_factor, *map(_average_weight, group["betas"]), 1.0 - group["lr"] * group["weight_decay"]
+    return sign, *map(_average_weight, group["betas"]), 1.0 - group["lr"] * group["weight_decay"]
 
 
 def variance_units(group: Group) -> tuple[Any, Any]:
@@ -70,30 +103,28 @@ def variance_units(group: Group) -> tuple[Any, Any]:
     return group["first_prior"], sigma_sq / group["first_prior"]  # the literal s, in units of the first sigma^2
 
 
-def adabayes_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) -> tuple[Any, ...]:
-    """Algorithm 1's numbers at step count ``step`` (1 at the first), gradients being multiplied by ``grad_factor`` first.
-
-    Works on floats and, for capturable steps, on 0-dim or 1-dim float64 tensors alike.
-    """
+def adabayes_coefficients(group: Group) -> tuple[Any, ...]:
+    """Algorithm 1's coefficients. Works on floats and, where a GPU alone knows an option, on 0-dim float64 tensors alike."""
     lr, r, batch_size = group["lr"], group["r"], group["batch_size"]
-    unit, drift_unit = variance_units(group)
-    moves = (lr != 0).to(lr.dtype) if isinstance(lr, torch.Tensor) else lr != 0  # a bool would turn into torch's default dtype
-    unit = unit * moves  # lr = 0 freezes the literal variance too
-    kappa = lr * batch_size / r  # eta^2 / sigma^2
+    kappa = lr * (batch_size / r)  # eta^2 / sigma^2
     if group["transition"] == "paper":  # (1 - kappa/2)^2 s + eta^2, Eq. 16b
         drift, forget = kappa, kappa * (1.0 - kappa / 4.0)
     else:  # the Ornstein-Uhlenbeck process it linearises
         drift = forget = -_expm1(-kappa)
-    step_size = unit * batch_size / (1.0 - group["betas"][0] ** step)
-    fisher = unit * batch_size * batch_size  # times g^2: the squared gradient of the summed loss in units of 1/unit
-    return *_common(group, step, grad_factor), step_size, fisher, forget, drift * drift_unit
+    if group.get("variance_follows_lr", True):
+        step_size = lr * r  # the unit of the variances, times the batch size
+    else:
+        unit, drift_unit = variance_units(group)
+        moves = (lr != 0).to(lr.dtype) if isinstance(lr, torch.Tensor) else lr != 0  # a bool would become torch's default dtype
+        step_size = unit * moves * batch_size  # lr = 0 freezes the literal variance too
+        drift = drift * drift_unit
+    fisher = step_size * batch_size  # times g^2: the squared gradient of the summed loss in units of 1/unit
+    return *_common(group), step_size, fisher, forget, drift
 
 
-def adabayes_fp_coefficients(group: Group, step: Any, grad_factor: Any = 1.0) -> tuple[Any, ...]:
-    """Algorithm 2's numbers; arguments as in :func:`adabayes_coefficients`. The batch size cancels."""
-    beta1, beta2 = group["betas"]
-    step_size = group["lr"] / (1.0 - beta1**step)
-    return *_common(group, step, grad_factor), step_size, 0.5 / group["r"], 1.0 / (1.0 - beta2**step), group["eps"]
+def adabayes_fp_coefficients(group: Group) -> tuple[Any, ...]:
+    """Algorithm 2's coefficients; as :func:`adabayes_coefficients`. The batch size cancels."""
+    return *_common(group), group["lr"], 0.5 / group["r"], 1.0, group["eps"]
 
 
 ADABAYES = Algorithm(
@@ -104,6 +135,7 @@ ADABAYES = Algorithm(
     reads=3,
     initial=(0.0, 1.0, 0.0, 1.0),
     coefficients=adabayes_coefficients,
+    corrected=((4, 0),),
 )
 ADABAYES_FP = Algorithm(
     name="AdaBayesFP",
@@ -113,6 +145,7 @@ ADABAYES_FP = Algorithm(
     reads=2,
     initial=(0.0, 0.0, 1.0),
     coefficients=adabayes_fp_coefficients,
+    corrected=((4, 0), (6, 1)),
 )
 ALGORITHMS = (ADABAYES, ADABAYES_FP)
 

@@ -7,19 +7,16 @@ torch: after the user's hooks that come before, restored before those that come 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .algorithms import ADABAYES, ALGORITHMS, complete_group, make_python_numbers, present
-from .gather import new_slot, new_step, own_copy
+from .prepare import new_slot, new_step, own_copy, step_device
 from .scalars import SCALARS
 from .sharding import is_sharded, local
 from .slabs import Slabs
-
-if TYPE_CHECKING:
-    from .optimizer import _FusedOptimizer
 
 _INDISPENSABLE = ("lr", "betas", "weight_decay", "r")  # of a group; what else it lacks, its version may not have known
 
@@ -64,7 +61,7 @@ def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _completed(optimizer: _FusedOptimizer, g: int, saved: dict[str, Any]) -> dict[str, Any]:
+def _completed(optimizer: Any, g: int, saved: dict[str, Any]) -> dict[str, Any]:
     """A saved group; an option it lacks stays as it is here."""
     missing = [name for name in _INDISPENSABLE if name not in saved]
     if missing:
@@ -77,7 +74,7 @@ def _completed(optimizer: _FusedOptimizer, g: int, saved: dict[str, Any]) -> dic
     return {**{name: here[name] for name in (*optimizer.defaults, "first_prior") if name in here}, **saved}
 
 
-def _check_kind(optimizer: _FusedOptimizer, i: int, entry: dict[str, Any]) -> None:
+def _check_kind(optimizer: Any, i: int, entry: dict[str, Any]) -> None:
     """The slots tell whose state it is."""
     algorithm = optimizer.algorithm
     missing = [name for name in ("step", *algorithm.stored(lean=True)) if name not in entry]
@@ -104,9 +101,10 @@ def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]
             )
 
 
-def restore(optimizer: _FusedOptimizer, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]]) -> None:
+def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]]) -> Slabs:
     """Puts the hidden tensors in place, in our dtype, on the parameter's device. A tensor that a CUDA graph or a compiled
-    step may read stays where it is and takes the loaded value; such are written last, once nothing can fail."""
+    step may read stays where it is and takes the loaded value; such are written last, once nothing can fail. Returns the memory
+    that small state lies in."""
     writes: list[tuple[Tensor, Tensor]] = []
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
         group["capturable"] = before["capturable"]
@@ -130,20 +128,19 @@ def restore(optimizer: _FusedOptimizer, state_before: dict[Tensor, Any], groups_
             optimizer.state[p] = {**entry, **{name: value for name, value in loaded.items() if name not in saved}}
     for present, fresh in writes:
         present.detach().copy_(fresh)
-    optimizer._slabs = slabs
     if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:
         warnings.warn(
             "the loaded state is lean: exp_avg_sq, which AdaBayes keeps for you and does not use, starts at zero. "
             "The weights go on as they would have.",
             stacklevel=5,
         )
+    return slabs
 
 
-def _own_entry(optimizer: _FusedOptimizer, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
+def _own_entry(optimizer: Any, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
     """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value."""
     algorithm = optimizer.algorithm
-    step_device = p.device if optimizer._counts_on_device(None, None) else torch.device("cpu")
-    entry = {"step": new_step(saved["step"], step_device, slabs)}
+    entry = {"step": new_step(saved["step"], step_device(p), slabs)}
     for name, initial in zip(algorithm.stored(optimizer.lean), algorithm.initial, strict=False):
         entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
     return entry

@@ -9,17 +9,21 @@ Imported when a step is traced: it brings in the compiler, which takes seconds.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .optimizer import _FusedOptimizer, by_name
 from .sharding import is_sharded
 
+_by_name: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 @torch.library.custom_op("adabayes_fused::step_", mutates_args=("params",), tags=(torch.Tag.cudagraph_unsafe,))
 def step_(params: list[Tensor], grads: list[Tensor], optimizer: str) -> None:
     """A step of the optimizer of this name; ``params`` are its parameters with a gradient, ``grads`` those gradients."""
-    found = by_name[optimizer]
+    found = _by_name[optimizer]
     found._step()
     for given, p in zip(params, _with_gradients(found), strict=True):
         if given.data_ptr() != p.data_ptr():  # a copy, which the graph would write back
@@ -31,22 +35,25 @@ def _(params: list[Tensor], grads: list[Tensor], optimizer: str) -> None:
     pass
 
 
-def _with_gradients(optimizer: _FusedOptimizer) -> list[Tensor]:
+def _with_gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def look(optimizer: _FusedOptimizer) -> None:
-    """Lists the parameters for ``trace``, to which every number in ``param_groups`` would be a constant. Steps eagerly where
-    there are none, and where the compiler cannot change one in place."""
-    optimizer._params = _with_gradients(optimizer)
-    if not optimizer._params or any(p.is_complex() or is_sharded(p) for p in optimizer._params):
+def look(optimizer: Any) -> tuple[list[Tensor], str]:
+    """The parameters and the name for ``trace``, to which every number in ``param_groups`` would be a constant. Steps eagerly
+    where there are none, and where the compiler cannot change one in place; then it names no parameters."""
+    name = f"{type(optimizer).__name__} {id(optimizer)}"
+    _by_name[name] = optimizer
+    params = _with_gradients(optimizer)
+    if not params or any(p.is_complex() or is_sharded(p) for p in params):
         optimizer._step()
-        optimizer._params = []
+        params = []
+    return params, name
 
 
-def trace(optimizer: _FusedOptimizer) -> None:
+def trace(optimizer: Any) -> None:
     """``optimizer.step`` as torch.compile traces it."""
-    look(optimizer)
-    if optimizer._params:
-        torch.ops.adabayes_fused.step_(optimizer._params, [p.grad for p in optimizer._params], optimizer._name)
+    params, name = look(optimizer)
+    if params:
+        torch.ops.adabayes_fused.step_(params, [p.grad for p in params], name)

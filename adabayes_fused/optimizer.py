@@ -1,6 +1,6 @@
 """The fused optimizers: torch.optim.Optimizer around the kernels.
 
-The two classes are at the end; what they share is above them, a step's work in ``collect.py``.
+The two classes are at the end; what they share is above them, a step's work in ``stepper.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoint, clipping, sharding, warm_start
+from . import backends, checkpoint, warm_start
 from .algorithms import (
     ADABAYES,
     ADABAYES_FP,
@@ -31,15 +30,9 @@ from .algorithms import (
     python_number,
     take_up_edits,
 )
-from .backends import native
-from .clipping import Scaling
-from .collect import collect
-from .gather import Item
-from .scalars import KnownOptions, on
-from .slabs import Slabs
-
-if TYPE_CHECKING:
-    from .release import ReleasedGradients
+from .clipping import Clipping, Scaling
+from .prepare import Item
+from .stepper import Groups, Stepper
 
 # Options of the whole optimizer, and what they are in those pickled before there was the option. They are found in ``defaults``,
 # from which frameworks build an optimizer anew, and in no group: a checkpoint must not change them.
@@ -56,8 +49,7 @@ class _AlsoInDefaults:
         vars(optimizer)[self.name] = optimizer.defaults[self.name] = value
 
 
-by_name: weakref.WeakValueDictionary[str, _FusedOptimizer] = weakref.WeakValueDictionary()  # for operators.step_
-_numbers = count()
+_all: weakref.WeakSet[_FusedOptimizer] = weakref.WeakSet()
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -79,13 +71,10 @@ def _found_in_groups(init: Init) -> Init:
 class _FusedOptimizer(Optimizer):
     algorithm: Algorithm
 
-    _kept_reader: tuple[Any, Any] | None
+    _stepper: Stepper
     _kept_state: defaultdict[Tensor, Any]  # what ``state`` is; under a name of its own, so that nobody reads it past ``state``
     _state_asked_for = 0  # times
-    _params: list[Tensor]  # operators.py
-    _grad_norm: float | Tensor | None
-    _released: ReleasedGradients | None
-    _skipped: Tensor
+    _before_updates: Callable[[], None] | None  # what is called before each
     # By the id of a group: the group, and the sgd_lr that its r stands for. In the group itself it would be one more key that
     # torch.distributed.checkpoint expects in every checkpoint.
     _known_sgd_lrs: dict[int, tuple[dict[str, Any], Any]]
@@ -103,7 +92,7 @@ class _FusedOptimizer(Optimizer):
         for name in ("lean", "fused_unscale"):
             if not isinstance(policy[name], bool):
                 raise TypeError(f"Invalid {name} value: {policy[name]!r} (allowed: True or False)")
-        clipping.check(policy["max_grad_norm"], policy["skip_nonfinite"])
+        Clipping(policy["max_grad_norm"], policy["skip_nonfinite"]).check()
         check_group(self.algorithm, options)  # before the parameters are looked at, as torch does
         self._forget_run()
         self._known_sgd_lrs = {}
@@ -170,7 +159,7 @@ class _FusedOptimizer(Optimizer):
     def _warn_of_lost_policy(self, groups: list[dict[str, Any]]) -> None:
         """Horovod builds an optimizer anew from another's groups alone, which do not hold the options of the whole optimizer."""
         given = set(map(id, groups))
-        for other in list(by_name.values()):
+        for other in list(_all):
             if other is not self and given & set(map(id, getattr(other, "param_groups", ()))):
                 lost = {name: getattr(other, name) for name, usual in _RUN_POLICY.items() if getattr(self, name) == usual}
                 lost = {name: value for name, value in lost.items() if value != _RUN_POLICY[name]}
@@ -226,9 +215,9 @@ class _FusedOptimizer(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _RUN_POLICY}, "_known_sgd_lrs": known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_kept_reader" not in self.__dict__:  # unpickled, not loaded into
+        if "_stepper" not in self.__dict__:  # unpickled, not loaded into
             self._forget_run()
-        self._kept_reader = None  # it knows the state that was
+        self._stepper.forget_state()
         known = state.get("_known_sgd_lrs") or [None] * len(state["param_groups"])
         super().__setstate__(state)
         self.state = vars(self).pop("state")  # torch writes past the property
@@ -280,92 +269,51 @@ class _FusedOptimizer(Optimizer):
             self._step()
         return loss
 
-    def _step(self, given: list[Item] | None = None) -> None:
-        self._grad_norm = None
-        if given is None and self._released is not None:
-            self._released._check_step()
-        groups = self.param_groups if given is None else [self.param_groups[g] for g in {item.group for item in given}]
-        changed = [group for group in groups if group not in self._options]
+    def _step(self, items: list[Item] | None = None) -> None:
+        """A step on every parameter with a gradient, or on these."""
+        if items is None and self._before_updates is not None:
+            self._before_updates()
+        groups = self.param_groups if items is None else [self.param_groups[g] for g in {item.group for item in items}]
+        numbers = self._stepper.numbers
+        changed = [group for group in groups if group not in numbers]
         for group in changed:
             check_step(self.algorithm, group, self._sgd_lr_of_r(group))
         self._take_up_edits(changed)
         for group in changed:
-            self._options.note(group, len(self.param_groups))
-        clipping.check(self.max_grad_norm, self.skip_nonfinite)
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        on_device = self._counts_on_device(grad_scale, found_inf)
-        if not (on_device and isinstance(found_inf, Tensor)):  # the host may look at it
-            if found_inf:
-                return self._count_skipped(found_inf)
-            found_inf = None
-        if grad_scale is None:
-            grad_scale = 1.0
-        elif not on_device:
-            grad_scale = float(grad_scale)
-        run = collect(self, given, Scaling(grad_scale, found_inf, on_device))
-        if run is None:
-            return self._count_skipped(1)
-        run()
+            numbers.note(group, len(self.param_groups))
+        given = self._given()
+        given.clipping.check()
+        grad_scale = getattr(self, "grad_scale", None)
+        scaling = Scaling(1.0 if grad_scale is None else grad_scale, getattr(self, "found_inf", None))
+        self._stepper.step(given, items, scaling)
 
-    def _count_skipped(self, found_inf: Any) -> None:
-        if isinstance(found_inf, Tensor):
-            self._skipped = on(found_inf.device, self._skipped, torch.int64)
-            self._skipped += found_inf.reshape(()) != 0
-        elif found_inf:
-            self._skipped += 1
+    def _given(self) -> Groups:
+        """What a step is given."""
+        clipping = Clipping(self.max_grad_norm, self.skip_nonfinite)
+        return Groups(self.param_groups, self._kept_state, self._state_asked_for, self.backend, self.lean, clipping)
+
+    def _call_before_updates(self, check: Callable[[], None] | None) -> None:
+        """Has each :meth:`step` call ``check`` once its closure has run; None: nothing."""
+        self._before_updates = check
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps this object has skipped so far: a 0-dim int64 tensor, on the device that decides. Reading it does
         not wait, ``int(...)`` does."""
-        return self._skipped.clone()
+        return self._stepper.skipped.clone()
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The 2-norm of the last step's gradients, unscaled and before clipping: a 0-dim float64 tensor on their device;
         None without ``max_grad_norm`` and ``skip_nonfinite``."""
-        norm = self._grad_norm
-        return torch.tensor(norm, dtype=torch.float64, device="cpu") if isinstance(norm, float) else norm
-
-    def _counts_on_device(self, grad_scale: Any, found_inf: Any) -> bool:
-        """Whether step counts, and all that follows from them, live on the parameters' devices: for CUDA graphs, and
-        once a scalar of a step was known to an accelerator alone, so that nothing ever waits for it."""
-        if self._counted_on_device:
-            return True
-        scalars = [grad_scale, found_inf]
-        for group in self.param_groups:
-            if group["capturable"]:
-                return True
-            scalars += self._options.tensors(group).values()
-        return any(isinstance(s, Tensor) and s.device.type != "cpu" for s in scalars)
-
-    def _reader(self) -> Any:
-        """The C++ reader of parameters and state, kept between steps; None where there is none."""
-        key = (self.backend, self.lean, sharding.dtensor_type())
-        if self._kept_reader is None or self._kept_reader[0] != key:
-            types = set()
-            for device_type in ("cpu", "cuda"):
-                try:
-                    if backends.choose(self.backend, torch.device(device_type)) in backends.READ_TABLES:
-                        types.add(device_type)
-                except RuntimeError:  # raised for the parameter that needs it
-                    pass
-            self._kept_reader = key, native.new_batch(self.algorithm.stored(self.lean), types, sharding.dtensor_type())
-        return self._kept_reader[1]
+        return self._stepper.grad_norm
 
     def _forget_run(self) -> None:
         """What is found anew in each process."""
-        self._kept_reader = None
-        self._released = None
-        self._slabs = Slabs()
-        self._options = KnownOptions()
+        self._stepper = Stepper(self.algorithm)
+        self._before_updates = None
         self._state_asked_for = 0
-        self._kept_alive: list[Tensor] = []
-        self._counted_on_device = False
-        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._grad_norm = None
-        self._name = f"{type(self).__name__} {next(_numbers)}"
-        by_name[self._name] = self
+        _all.add(self)
 
     # --- Saving and loading -------------------------------------------------------------------------------------------
 
@@ -391,7 +339,7 @@ class _FusedOptimizer(Optimizer):
 
         def restore(optimizer: Any) -> None:
             nonlocal before
-            checkpoint.restore(optimizer, *before)
+            self._stepper.use_slabs(checkpoint.restore(optimizer, *before))
             before = optimizer.state, optimizer.param_groups  # a hook of the user's that fails after this undoes nothing
 
         hooks = [
@@ -420,7 +368,7 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
-        self.load_state_dict(warm_start.from_adam(self, state_dict))
+        self.load_state_dict(warm_start.from_adam(self.algorithm, self.param_groups, state_dict))
 
 
 class AdaBayes(_FusedOptimizer):
@@ -454,7 +402,7 @@ class AdaBayes(_FusedOptimizer):
         maximize: ascend.
         lean: keep only what the recursion needs (``exp_avg``, ``prior_var``): the same weights, AdamW's memory and traffic.
         backend: ``"auto"``, the fastest on each parameter's device; ``"cpp"``, ``"cuda"``, ``"triton"``, ``"foreach"``.
-        capturable: keep step counts and scalars on the device, for CUDA graphs.
+        capturable: let a CUDA graph capture steps, and keep the state's tensors where they are when a checkpoint is loaded.
         fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
             the scaler, for Lightning's clipping and Accelerate's fp16.
         max_grad_norm: clip the 2-norm of all gradients to this, within ``step``; ``p.grad`` stays as it is. inf measures only.

@@ -8,6 +8,9 @@ otherwise record nothing of a step that has moved the weights.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
@@ -48,6 +51,11 @@ def samples() -> list[tuple[Tensor, int]]:
         t = torch.empty(2, device="cpu", dtype=torch.float32)
         kinds = [t, torch.nn.Parameter(t.clone()), torch._neg_view(t), torch.complex(t, t).conj(), torch._efficientzerotensor(2)]
     return [(t, _keys(t).raw_repr()) for t in kinds]
+
+
+def ordinary_mode() -> AbstractContextManager[Any]:
+    """For memory that may be used in every mode, whatever mode it is made in."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def watched() -> bool:

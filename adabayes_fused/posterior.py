@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, adabayes_fp_coefficients, present, variance_units
-from .gather import as_real, state_dtype
+from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, corrected, present, variance_units
 from .optimizer import _FusedOptimizer
+from .prepare import as_real, state_dtype
 from .scalars import on, scalars, wide
 from .sharding import like, local, placed_like
 
@@ -111,7 +111,7 @@ class Reading:
         """AdaBayes' sigma^2_post in the unit it is kept in: as stored, or Eq. 16b solved for it."""
         if self.keeps("post_var"):
             return self._slot("post_var")
-        *_, forget, drift = adabayes_coefficients(self.group, self._last_step)
+        *_, forget, drift = adabayes_coefficients(self.group)
         taken = self.step > 0  # nothing has drifted before
         taken = taken.to(self.dtype) if isinstance(taken, Tensor) else taken
         post: Tensor = (self._slot("prior_var") - drift * taken) / (1.0 - forget * taken)
@@ -124,7 +124,7 @@ class Reading:
 
     def equation_20(self) -> Equation20:
         """Eq. 20 at <g^2>, for either algorithm; ``exp_avg_sq`` must be kept."""
-        *_, a, debias2, eps = adabayes_fp_coefficients({"eps": 0.0, **self.group}, self._last_step)
+        *_, a, debias2, eps = corrected(ADABAYES_FP.numbers({"eps": 0.0, **self.group}), self._last_step)
         v_hat = self._slot("exp_avg_sq") * debias2
         return Equation20(a, v_hat, a + (a * a + v_hat).sqrt() + eps)
 

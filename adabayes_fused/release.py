@@ -13,10 +13,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from . import clipping
-from .gather import Item
+from .clipping import Clipping
 from .optimizer import _FusedOptimizer
 from .posterior import check_optimizer
+from .prepare import Item
 from .sharding import is_sharded, local
 
 
@@ -54,7 +54,7 @@ def release_gradients(model: torch.nn.Module, optimizer: _FusedOptimizer) -> Rel
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"given a {type(model).__name__} for the model (allowed: a torch.nn.Module; several go in a ModuleList)")
     check_optimizer(optimizer)
-    if optimizer._released is not None:
+    if optimizer._before_updates is not None:
         raise RuntimeError(
             "this optimizer's gradients are released already (allowed: one handle at a time). Call remove() on the first; for "
             "several models, give a torch.nn.ModuleList of them"
@@ -89,15 +89,15 @@ class ReleasedGradients:
                 released._update(p)
 
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad]  # type: ignore[no-untyped-call]
-        optimizer._released = self
+        optimizer._call_before_updates(self._check_step)
 
     def remove(self) -> None:
         """Ordinary behaviour from now on; may be called again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._optimizer._released is self:
-            self._optimizer._released = None
+        if self._optimizer._before_updates == self._check_step:
+            self._optimizer._call_before_updates(None)
 
     def __enter__(self) -> ReleasedGradients:
         return self
@@ -159,7 +159,7 @@ class ReleasedGradients:
 
 
 def _check_options(optimizer: _FusedOptimizer) -> None:
-    if clipping.reads_gradients_first(optimizer):
+    if Clipping(optimizer.max_grad_norm, optimizer.skip_nonfinite).reads_gradients_first:
         name = "skip_nonfinite" if optimizer.max_grad_norm is None else "max_grad_norm"
         allowed = "False" if name == "skip_nonfinite" else "None"
         raise ValueError(

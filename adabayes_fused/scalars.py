@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .algorithms import pair, python_number
+from .algorithms import Algorithm, pair, python_number
+from .table import NUMBERS, Mirror
 
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # numbers or one-element tensors; betas too
 
@@ -33,15 +36,20 @@ def scalars(group: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, A
 
 
 _OPTIONS = (*SCALARS, "betas", "sgd_lr", "maximize", "capturable", "transition", "variance_follows_lr")
+_UNUSED = (0.0,) * NUMBERS
 _FIXED = (float, int, bool, str, type(None))  # what nobody can change but by putting another object in its place
 
 
-class KnownOptions:
-    """The options of groups that have been checked, as floats. They hold as long as the very objects that were checked are in
-    the group, none of which can change."""
+class Numbers:
+    """The numbers of groups that have been checked. They hold as long as the very objects that were checked are in the group,
+    none of which can change."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {}
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+        self._known: dict[int, tuple[dict[str, Any], tuple[Any, ...], tuple[float, ...] | None]] = {}
+        self._packed: tuple[tuple[Any, ...], float, array[float]] = (), 0.0, array("d")
+        self._mirrors: dict[torch.device, Mirror] = {}
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __contains__(self, group: dict[str, Any]) -> bool:
         found = self._known.get(id(group))
@@ -53,18 +61,59 @@ class KnownOptions:
         if len(self._known) > groups:  # some were taken away, and must not be kept alive
             self._known.clear()
         self._known.pop(id(group), None)
-        if all(type(v) in _FIXED or type(v) is tuple and all(type(x) in _FIXED for x in v) for v in values):
-            options = {name: group[name] for name in _OPTIONS if name in group}
-            self._known[id(group)] = group, values, scalars(options, float)
+        parts = [x for v in values for x in (v if type(v) is tuple else (v,))]
+        tensors = [x for x in parts if type(x) not in _FIXED]
+        if not tensors:
+            self._known[id(group)] = group, values, self._algorithm.numbers(scalars(group, float))
+        elif all(isinstance(x, Tensor) and x.device.type != "cpu" for x in tensors):  # whose value no host checks
+            self._known[id(group)] = group, values, None
 
-    def floats(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The options of a group that this step has found here or noted."""
-        found = self._known.get(id(group))
-        return found[2] if found is not None else scalars(group, float)
+    def rows(
+        self, groups: Sequence[dict[str, Any]], used: set[int] | None, device: torch.device, wait: bool
+    ) -> tuple[Sequence[Any], ...]:
+        """A row of sixteen for each group (``Algorithm.numbers``): floats, and what follows from options that are tensors on an
+        accelerator as 0-dim tensors on ``device``, unless they may be waited for; a list, if it may hold tensors. ``used``: which
+        groups are, if not all."""
 
-    def tensors(self, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Of such a group, the options that are tensors."""
-        return {} if id(group) in self._known else tensor_options(group)
+        def row(group: dict[str, Any]) -> Sequence[Any]:
+            known = self._known.get(id(group))
+            if known is not None and known[2] is not None:
+                return known[2]
+            if wait:
+                return self._algorithm.numbers(scalars(group, float))
+            dtype = wide(device)
+            return list(self._algorithm.numbers(scalars(group, lambda t: _as_known(t, device, dtype))))
+
+        return tuple(row(group) if used is None or g in used else _UNUSED for g, group in enumerate(groups))
+
+    def packed(self, rows: tuple[Sequence[Any], ...], factor: float) -> array[float]:
+        """Rows one after the other, the gradients' factor among them; 0 for what is a tensor."""
+        known, known_factor, numbers = self._packed
+        if len(known) != len(rows) or factor != known_factor or not all(map(is_, known, rows)):
+            numbers = array("d", (0.0 if isinstance(x, Tensor) else x for row in rows for x in row))
+            for g in range(len(rows)):
+                numbers[NUMBERS * g] *= factor
+            self._packed = rows, factor, numbers
+        return numbers
+
+    def on(self, device: torch.device, rows: tuple[Sequence[Any], ...], factor: float, kept_alive: list[Tensor]) -> Tensor:
+        """Rows on ``device``, float64 of shape (groups, 16), with the gradients' factor in them. Waits for nothing."""
+        known = bytes(self.packed(rows, factor))
+        mirror = self._mirrors.setdefault(device, Mirror())
+        words = mirror.of(known, device, lambda: torch.frombuffer(bytearray(known), dtype=torch.int64), kept_alive)[0]
+        found = self._there.get(device)
+        if found is None or found[0] is not words:
+            found = self._there[device] = words, words.view(torch.float64).view(-1, NUMBERS)
+        there = found[1]
+        for g, row in enumerate(rows):
+            if type(row) is tuple:
+                continue
+            for is_tensor, run in groupby(enumerate(row), lambda entry: isinstance(entry[1], Tensor)):
+                if is_tensor:
+                    first, *others = run
+                    values = [value for _, value in (first, *others)]
+                    torch.stack(values, out=there[g, first[0] : first[0] + len(values)])
+        return there
 
 
 def _number(value: Any) -> Any:
@@ -83,6 +132,12 @@ def on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
     return None if value is None else float(value)
+
+
+def _as_known(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A tensor on the CPU as a float, beside an accelerator; another on ``device``."""
+    known = isinstance(value, Tensor) and value.device.type == "cpu" and device.type != "cpu"
+    return float(value) if known else on(device, value, dtype)
 
 
 def wide(device: torch.device) -> torch.dtype:

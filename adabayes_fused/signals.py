@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations, which took most of a small step
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -23,10 +24,10 @@ class held_back:
             return
         try:
             for number in _NUMBERS:
-                handler = signal.getsignal(number)
+                handler = _signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
-                    signal.signal(number, self._note)
+                    _signal.signal(number, self._note)
         except BaseException:  # a handler that was still in place
             self._restore()
             raise
@@ -44,7 +45,7 @@ class held_back:
         """Puts the handlers back, all of them even if one that is back already raises."""
         try:
             for number, handler in list(self._handlers.items()):
-                signal.signal(number, handler)
+                _signal.signal(number, handler)
                 del self._handlers[number]
         finally:
             if self._handlers:

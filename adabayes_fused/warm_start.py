@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, variance_units
+from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, corrected, variance_units
 from .checkpoint import check_entry
-from .gather import as_real
+from .prepare import as_real
 from .scalars import scalars
-
-if TYPE_CHECKING:
-    from .optimizer import _FusedOptimizer
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-def from_adam(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What ``optimizer.load_state_dict`` takes, with the optimizer's own groups and the state that follows from Adam's.
+def from_adam(algorithm: Algorithm, here: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What ``load_state_dict`` of an optimizer with the groups ``here`` takes: these, and the state that follows from Adam's.
 
     Raises: ValueError where ``state_dict`` is not one of Adam or AdamW for these parameters.
     """
@@ -28,7 +25,7 @@ def from_adam(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[st
         raise ValueError(
             f"load_adam_state_dict takes what state_dict() of torch.optim.Adam or AdamW gave, given {list(state_dict)}"
         )
-    groups, here = state_dict["param_groups"], optimizer.param_groups
+    groups = state_dict["param_groups"]
     lengths, expected = ([len(group["params"]) for group in them] for them in (groups, here))
     if lengths != expected:
         raise ValueError(f"Adam's state dict has groups of {lengths} parameters; here they have {expected}")
@@ -46,7 +43,7 @@ def from_adam(optimizer: _FusedOptimizer, state_dict: dict[str, Any]) -> dict[st
         for i, p in zip(saved["params"], group["params"], strict=True):
             entry = state_dict["state"].get(i)
             if entry:
-                state[i] = _entry(optimizer.algorithm, group, saved["betas"], i, p, entry)
+                state[i] = _entry(algorithm, group, saved["betas"], i, p, entry)
     if any("max_exp_avg_sq" in entry for entry in state_dict["state"].values()):
         warnings.warn("Adam's max_exp_avg_sq (amsgrad) has no counterpart here and is left out", stacklevel=3)
     groups = [{**group, "params": list(saved["params"])} for saved, group in zip(groups, here, strict=True)]
@@ -73,8 +70,8 @@ def _variances(group: dict[str, Any], betas: Any, step: float, exp_avg_sq: Tenso
     """``post_var`` at the fixed point for gradients of this mean square, Eq. 20, and ``prior_var`` one drift later, Eq. 16b;
     in float64, in the units of AdaBayes's state, shaped like ``exp_avg_sq``."""
     group = scalars({**group, "betas": betas, "eps": 0.0}, float)
-    *_, a, debias2, _ = ADABAYES_FP.coefficients(group, step)
-    *_, forget, drift = ADABAYES.coefficients(group, step)
+    *_, a, debias2, _ = corrected(ADABAYES_FP.numbers(group), step)
+    *_, forget, drift = ADABAYES.coefficients(group)
     sigma_sq = variance_units(group)[1] or 1.0  # the literal one, where lr is 0
     post = exp_avg_sq.detach().to(torch.promote_types(exp_avg_sq.dtype, torch.float64), copy=True)
     as_real(post).mul_(debias2).add_(a * a).sqrt_().add_(a).reciprocal_().mul_(2.0 * a * sigma_sq)

@@ -26,7 +26,7 @@ from .timing import Tell
 ROOT = Path(__file__).parent.parent
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
-# algorithm, lean, param dtype, grad dtype, skippable
+# algorithm, lean, param dtype, grad dtype, whether the device decides
 CASES = [(a, lean, dtype, dtype, False) for a, lean, dtype in itertools.product((0, 1), (False, True), (F32, BF16, F16))]
 CASES += [(0, False, F64, F64, False), (1, False, F64, F64, False), (0, False, F32, BF16, False), (1, True, BF16, F32, True)]
 
@@ -34,28 +34,17 @@ CASES += [(0, False, F64, F64, False), (1, False, F64, F64, False), (0, False, F
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-def compile_case(target, index, lean, param, grad, skippable):
+def compile_case(target, index, lean, param, grad, decided):
     """The compiled kernel, how wide each stream is in bytes a thread, loaded and stored, and the elements of a thread."""
-    import triton
     from adabayes_fused.triton_kernels.multi_tensor import multi_tensor
-    from triton.compiler import ASTSource
 
     from adabayes_fused.algorithms import ALGORITHMS
     from adabayes_fused.backends import triton as backend
     from adabayes_fused.backends.launch import Launch
 
-    found_inf = torch.zeros(()) if skippable else None
-    launch = Launch(ALGORITHMS[index], lean, "triton", torch.device("cuda"), param, grad, [], found_inf=found_inf)
-    constants = backend.constants(launch)
-    at = {name: i for i, name in enumerate(multi_tensor.arg_names)}
-    pointers = dict(rows="*i64", chunks="*i64", coefficients="*fp64", found_inf="*fp32" if skippable else "*fp64")
-    source = ASTSource(
-        multi_tensor,
-        pointers | {name: "constexpr" for name in constants},
-        {(at[name],): value for name, value in constants.items()},
-        {(at[name],): [["tt.divisibility", 16]] for name in pointers},
-    )
-    kernel = triton.compile(source, target=target, options=backend.OPTIONS)
+    launch = Launch(ALGORITHMS[index], lean, "triton", torch.device("cuda"), param, grad)
+    pointers = dict(rows="*i64", chunks="*i64", tickets="*i64", numbers="*fp64", decision="*fp64")
+    kernel = compile_kernel(target, multi_tensor, pointers, backend.constants(launch) | dict(DECIDED=decided))
     elements = max(backend.BLOCK // (backend.OPTIONS["num_warps"] * target.warp_size), 1)
     state = max(param.itemsize, 4)
     reads = launch.algorithm.lean if lean else launch.algorithm.reads
@@ -64,12 +53,44 @@ def compile_case(target, index, lean, param, grad, skippable):
     return kernel, dict(elements=elements, loads=loads, stores=stores)
 
 
+def compile_kernel(target, function, arguments: dict[str, str], constants: dict):
+    """A kernel of Triton's for a target; ``arguments`` are the types of those that are no constants."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from adabayes_fused.backends.triton import OPTIONS
+
+    at = {name: i for i, name in enumerate(function.arg_names)}
+    source = ASTSource(
+        function,
+        arguments | {name: "constexpr" for name in constants},
+        {(at[name],): value for name, value in constants.items()},
+        {(at[name],): [["tt.divisibility", 16]] for name, kind in arguments.items() if kind.startswith("*")},
+    )
+    return triton.compile(source, target=target, options=OPTIONS)
+
+
+def compile_deciding(target) -> None:
+    """The kernels of a norm and of a decision, of which nothing is measured: that they compile."""
+    import triton.language as tl
+    from adabayes_fused.triton_kernels import multi_tensor
+
+    for grad in (tl.float32, tl.float64, tl.float16, tl.bfloat16):
+        constants = dict(GRAD=grad, CHUNK=8192, BLOCK=1024)
+        compile_kernel(target, multi_tensor.sum_of_squares, dict(rows="*i64", chunks="*i64", sums="*fp64"), constants)
+    numbers = dict(sums="*fp64", n="i32", grad_scale="*fp32", known_scale="i64", found_inf="*fp32", max_norm="i64")
+    for yes in (False, True):
+        constants = dict(SCALED=yes, CHECKED=yes, CLIPS=yes, SKIPS=yes, BLOCK=1024)
+        compile_kernel(target, multi_tensor.decide, numbers | dict(decision="*fp64", skipped="*i64"), constants)
+
+
 def compile_all(target_name: str, folder: Path) -> None:
     """Compiles every case for a target; writes its facts and its code as JSON."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
     out = {}
+    compile_deciding(GPUTarget(*TARGETS[target_name]))
     for case in CASES:
         kernel, facts = compile_case(GPUTarget(*TARGETS[target_name]), *case)
         facts |= dict(ttgir=kernel.asm["ttgir"], asm=kernel.asm.get("ptx") or kernel.asm["amdgcn"], usage="")

@@ -130,8 +130,8 @@ def _caller(library: Path) -> Callable[..., None]:
     call.restype = ctypes.c_char_p
     call.argtypes = [*[ctypes.c_int] * 4, *[word] * 6, ctypes.c_int, word]
 
-    def run_cuda(*arguments) -> None:
-        if (error := call(*map(int, arguments))) is not None:
+    def run_cuda(bucket, *arguments) -> None:
+        if (error := call(*map(int, (*bucket, *arguments)))) is not None:
             raise RuntimeError(error.decode())
 
     return run_cuda

@@ -1,6 +1,5 @@
 #include "batch.h"
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -9,6 +8,7 @@ namespace {
 
 constexpr int kMaxDims = 16;
 constexpr size_t kAhead = 4;  // parameters
+constexpr int64_t kInSlab = 1024;  // elements at most of a tensor in a slab (adabayes_fused/slabs.py)
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
@@ -119,8 +119,7 @@ void Batch::clear() {
 void Batch::reset() {
   for (Launch& launch : launches_) launch.rows.clear();
   position_ = looked_at_ = 0;
-  specs_.clear();
-  keys_.clear(), key_index_.clear(), grads_.clear();
+  specs_.clear(), grads_.clear();
 }
 
 // False for what is not plain, or has elements and no memory: Python's path takes it, or says what is wrong with it.
@@ -162,15 +161,6 @@ int Batch::index_of(const py::object& spec) {
     if (same_placement(specs_[k], spec, true)) return int(k);
   specs_.push_back(spec);
   return int(specs_.size()) - 1;
-}
-
-int64_t Batch::coefficients_for(int group, float step) {
-  if (!keys_.empty() && keys_.back() == std::make_pair(group, step)) return int64_t(keys_.size()) - 1;
-  uint32_t bits;
-  memcpy(&bits, &step, 4);
-  const auto [found, added] = key_index_.try_emplace(uint64_t(group) << 32 | bits, keys_.size());
-  if (added) keys_.push_back({group, step});
-  return found->second;
 }
 
 Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType grad, int spec) {
@@ -224,7 +214,8 @@ bool Batch::find(PyObject* state, PyObject* param, State& out) const {
 // Notes where the state lies, and dates that if it is ours; false if it is not as a kernel takes it.
 bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType dtype, const State& state) const {
   const DType state_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
-  bool ours = state.entry && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  bool ours = state.entry && numel_of(p) <= kInSlab && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 &&
+              p.ndim <= kKeptDims;
   dlpack::Tensor s;
   kept.date = 0;
   for (size_t k = 0; k < slots_.size(); ++k) {
@@ -234,8 +225,8 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
     kept.slot[k] = address_of(s);
     ours = ours && in_slab(kept.slot[k]);
   }
-  if (!describe(state.step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != dlpack::kCPU) return false;
-  kept.step = reinterpret_cast<float*>(address_of(s));
+  if (!describe(state.step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != p.device_type || s.device_id != p.device_id) return false;
+  kept.step = address_of(s);
   if (!ours || !in_slab(address_of(s))) return true;
   kept.date = date_;
   kept.place.ndim = p.ndim, kept.place.device_type = p.device_type, kept.place.device_id = p.device_id, kept.place.dtype = dtype;
@@ -257,7 +248,7 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::obj
   State state;
   if (!known && (!dense(p) || !find_state(state) || !look_at(kept, param, p, *param_dtype, state))) return false;
   looked_at_ += !known;
-  Row row{address_of(p), address_of(g), {}, numel_of(p), coefficients_for(group, *kept.step + 1), reinterpret_cast<int64_t>(kept.step)};
+  Row row{address_of(p), address_of(g), {}, numel_of(p), group, kept.step};
   std::copy_n(kept.slot, kMaxSlots, row.slot);
   if (apart_ && Py_TYPE(param) == dtensor_type_) spec = spec_of(param);
   launch_for(p, *param_dtype, *grad_dtype, index_of(spec)).rows.push_back(row);
@@ -294,12 +285,6 @@ py::list Batch::read(py::object params, py::dict state, int group) {
     left.append(i);
   }
   return left;
-}
-
-py::list Batch::coefficient_keys() const {
-  py::list keys;
-  for (const auto& [group, step] : keys_) keys.append(py::make_tuple(group, step));
-  return keys;
 }
 
 py::list Batch::buckets() const {

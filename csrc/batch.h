@@ -2,7 +2,6 @@
 #pragma once
 #include <pybind11/pybind11.h>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 #include "dlpack.h"
@@ -37,9 +36,6 @@ class Batch {
   // DTensor they are the local parts of, else None.
   bool add(py::handle param, py::handle grad, py::list slots, py::handle step, int group, py::object spec);
 
-  // The distinct (group, step count after this step), in the order of the table's rows of coefficients.
-  py::list coefficient_keys() const;
-
   // One tuple a launch: (device type, device index, param dtype, grad dtype, address of the rows, number of rows, the spec of
   // its DTensors where they are kept apart).
   py::list buckets() const;
@@ -67,7 +63,7 @@ class Batch {
     int64_t date = 0;
     PyObject* param = nullptr;
     Place place;  // the state's and the parameter's
-    float* step = nullptr;
+    int64_t step = 0;
     int64_t slot[kMaxSlots] = {};
   };
   struct Slab {
@@ -88,7 +84,6 @@ class Batch {
   bool take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindState find_state);
   Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype, int spec);
   int index_of(const py::object& spec);
-  int64_t coefficients_for(int group, float step);
 
   py::tuple slots_;
   const PyTypeObject *parameter_type_, *tensor_type_, *dtensor_type_;
@@ -98,8 +93,6 @@ class Batch {
   bool cpu_ = false, cuda_ = false, apart_ = false;
   std::vector<Launch> launches_;
   std::vector<py::object> specs_;  // of mesh and placements that differ; a launch's `spec` is a place here, or -1
-  std::vector<std::pair<int, float>> keys_;
-  std::unordered_map<uint64_t, int64_t> key_index_;
   std::vector<Slab> slabs_;                                 // in the optimizer's order
   std::vector<std::pair<int64_t, int64_t>> sorted_slabs_;   // their addresses
   int64_t date_ = 1, asked_ = -1;                           // of what is known now; `asked` of the step before

@@ -2,9 +2,10 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include "dispatch.h"
 
-#define DECLARE(isa)                                                        \
-  void update_##isa(const Bucket&, const Row&, int64_t begin, int64_t end); \
+#define DECLARE(isa)                                                                                          \
+  void update_##isa(const Bucket&, const Row&, const double* coefficients, int64_t begin, int64_t end); \
   double sum_of_squares_##isa(DType, int64_t address, int64_t begin, int64_t end);
 DECLARE(baseline)
 #ifdef HAVE_X86_ISAS
@@ -44,9 +45,27 @@ const Isa& named(const std::string& isa) {
   throw std::invalid_argument("instruction set '" + isa + "' is not one of this build and processor");
 }
 
+// The coefficients of one row after the other, most of which have them in common.
+class Corrected {
+ public:
+  const double* of(const Bucket& bucket, const Row& row) {
+    const double* numbers = bucket.numbers + row.group * kNumbers;
+    const float step = *reinterpret_cast<const float*>(row.step);
+    if (numbers != numbers_ || step != step_)
+      for (int i = 0; i < kCoefficients; ++i) coefficients_[i] = coefficient(numbers, i, step, 1.0);
+    numbers_ = numbers, step_ = step;
+    return coefficients_;
+  }
+
+ private:
+  const double* numbers_ = nullptr;
+  float step_ = 0;
+  double coefficients_[kCoefficients];
+};
+
 // Asks for the memory of a small tensor that comes soon: a thousand of them are a thousand cold places.
 void fetch(const Row& row) {
-  for (int64_t address : {row.param, row.grad, row.slot[0], row.slot[1], row.slot[2], row.slot[3]})
+  for (int64_t address : {row.param, row.grad, row.slot[0], row.slot[1], row.slot[2], row.slot[3], row.step})
     __builtin_prefetch(reinterpret_cast<const void*>(address), 1);
 }
 
@@ -101,15 +120,12 @@ void run_cpu(const std::vector<Bucket>& buckets, int threads, const std::string&
   for (const Bucket& bucket : buckets) all.emplace_back(bucket, threads);
   for (const Units& units : all) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && units.count > 1)
-    for (int64_t unit = 0; unit < units.count; ++unit)
-      units.each(unit, fetch, [&](const Row& row, int64_t begin, int64_t end) { update(units.bucket, row, begin, end); });
-    count_steps(units.bucket);
+    for (int64_t unit = 0; unit < units.count; ++unit) {
+      Corrected corrected;
+      units.each(unit, fetch, [&](const Row& row, int64_t begin, int64_t end) { update(units.bucket, row, corrected.of(units.bucket, row), begin, end); });
+    }
+    for (int64_t r = 0; r < units.bucket.n_rows; ++r) *reinterpret_cast<float*>(units.bucket.rows[r].step) += 1;
   }
-}
-
-void count_steps(const Bucket& bucket) {
-  for (int64_t r = 0; r < bucket.n_rows; ++r)
-    if (bucket.rows[r].step) *reinterpret_cast<float*>(bucket.rows[r].step) += 1;
 }
 
 double sum_of_squares_cpu(const Bucket& bucket, int threads, const std::string& isa) {

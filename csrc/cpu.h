@@ -8,9 +8,6 @@
 // counts. What can fail, memory and a name that is none of cpu_isas(), fails before anything has changed.
 void run_cpu(const std::vector<Bucket>& buckets, int threads, const std::string& isa);
 
-// Raises the step counts of the bucket's rows by one, for a driver that does not do so itself.
-void count_steps(const Bucket& bucket);
-
 // The sum of the squares of the bucket's gradients, in double: the same bits for any number of threads and instruction set.
 double sum_of_squares_cpu(const Bucket& bucket, int threads, const std::string& isa);
 

@@ -65,8 +65,8 @@ void sweep(const typename Rule::template Coefficients<T>& coefficients, int64_t 
 }
 
 template <class Rule, class T, bool full>
-void update_range(const Bucket& bucket, const Row& row, int64_t begin, int64_t end) {
-  const auto c = coefficients<Rule, T>(bucket.coefficients + row.coefficients * kCoefficients);
+void update_range(const Bucket& bucket, const Row& row, const double* corrected, int64_t begin, int64_t end) {
+  const auto c = coefficients<Rule, T>(corrected);
   const bool direct = bucket.param == dtype_of<T> && bucket.grad == dtype_of<T>;
   constexpr int last = Rule::slots - 1;  // of a full state: written, never read
   const bool streamed = full && direct && end - begin >= kStreamed;
@@ -122,11 +122,11 @@ double NAMED(sum_of_squares, ISA)(DType dtype, int64_t address, int64_t begin, i
   return dtype == DType::f64 ? squares<double>(dtype, address, begin, end) : squares<float>(dtype, address, begin, end);
 }
 
-void NAMED(update, ISA)(const Bucket& bucket, const Row& row, int64_t begin, int64_t end) {
+void NAMED(update, ISA)(const Bucket& bucket, const Row& row, const double* c, int64_t begin, int64_t end) {
   with_rule(bucket.algorithm, [&](auto rule) {
     using Rule = typename decltype(rule)::type;
     const bool f64 = bucket.param == DType::f64;
-    if (bucket.full) f64 ? update_range<Rule, double, true>(bucket, row, begin, end) : update_range<Rule, float, true>(bucket, row, begin, end);
-    else f64 ? update_range<Rule, double, false>(bucket, row, begin, end) : update_range<Rule, float, false>(bucket, row, begin, end);
+    if (bucket.full) f64 ? update_range<Rule, double, true>(bucket, row, c, begin, end) : update_range<Rule, float, true>(bucket, row, c, begin, end);
+    else f64 ? update_range<Rule, double, false>(bucket, row, c, begin, end) : update_range<Rule, float, false>(bucket, row, c, begin, end);
   });
 }

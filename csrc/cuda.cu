@@ -7,22 +7,46 @@
 namespace {
 
 template <class Rule, class P, class G, bool full>
-__global__ void __launch_bounds__(kThreads)
-update(const Row* rows, const int64_t* chunks, const double* coefficients, DType grad_dtype, const float* found_inf) {
-  if (found_inf && *found_inf != 0.0f) return;
-  update_chunk<Rule, P, G, full>(rows, chunks, coefficients, grad_dtype, blockIdx.x, threadIdx.x, kThreads);
+__global__ void __launch_bounds__(kThreads, sizeof(P) == 4 ? 3 : 2) update(const Table table, DType grad_dtype) {
+  using T = typename Compute<P>::type;
+  __shared__ T c[kCoefficients];
+  if (table.skipped()) return;
+  if (threadIdx.x < kCoefficients) c[threadIdx.x] = T(coefficient(table, blockIdx.x, threadIdx.x));
+  __syncthreads();
+  update_chunk<Rule, P, G, full>(table, coefficients<Rule, T>(c), grad_dtype, blockIdx.x, threadIdx.x, kThreads);
+  if (threadIdx.x == 0) count_step(table, blockIdx.x);
 }
 
-// Block by block in a fixed order: no atomics, the same bits each time.
-template <class G>
-__global__ void __launch_bounds__(kThreads) sum_squares(const Row* rows, const int64_t* chunks, double* sums) {
-  __shared__ double part[kThreads];
-  part[threadIdx.x] = sum_of_squares<G>(rows, chunks, blockIdx.x, threadIdx.x, kThreads);
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+// The sum of a value of each of a block's threads, for the first of them. Of doubles in a fixed order: the same bits each time.
+template <int threads>
+__device__ double sum_of_block(double value) {
+  __shared__ double part[threads];
+  part[threadIdx.x] = value;
+  for (int half = threads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
   }
-  if (threadIdx.x == 0) sums[blockIdx.x] = part[0];
+  return part[0];
+}
+
+template <class G>
+__global__ void __launch_bounds__(kThreads) sum_squares(const Table table, double* sums) {
+  const double sum = sum_of_block<kThreads>(sum_of_squares<G>(table, blockIdx.x, threadIdx.x, kThreads));
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+constexpr int kDeciding = 1024;  // threads
+
+__global__ void __launch_bounds__(kDeciding)
+make_decision(const double* sums, int64_t n, const float* grad_scale, double known_scale, const float* found_inf, double max_norm,
+              bool skip_nonfinite, Decision* decision, unsigned long long* skipped) {
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < n; i += kDeciding) sum += sums[i];
+  sum = sum_of_block<kDeciding>(sum);
+  if (threadIdx.x > 0) return;
+  *decision = decide(sum, grad_scale ? double(*grad_scale) : known_scale, found_inf && *found_inf != 0, max_norm, skip_nonfinite);
+  if (decision->skip != 0) ++*skipped;
 }
 
 void check(cudaError_t status, const char* doing) {
@@ -39,30 +63,62 @@ struct DeviceGuard {
   ~DeviceGuard() { cudaSetDevice(previous); }
 };
 
-}  // namespace
+template <class T>
+T* at(int64_t address) { return reinterpret_cast<T*>(address); }
 
-void run_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t found_inf, int device, int64_t stream) {
-  const DeviceGuard guard(device);
-  auto launch = [&](auto rule, auto param, auto grad, auto full) {
-    using P = typename decltype(param)::type;
-    using G = typename decltype(grad)::type;
-    update<typename decltype(rule)::type, P, G, decltype(full)::value><<<unsigned(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-        bucket.rows, reinterpret_cast<const int64_t*>(chunks), bucket.coefficients, bucket.grad, reinterpret_cast<const float*>(found_inf));
-  };
+Table table_of(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t decision) {
+  return {bucket.rows, at<int64_t>(chunks), at<unsigned long long>(chunks) + n_chunks, bucket.numbers, at<Decision>(decision)};
+}
+
+// f(the update of such a bucket)
+template <class F>
+void with_update(const Bucket& bucket, F f) {
   with_rule(bucket.algorithm, [&](auto rule) {
+    using Rule = typename decltype(rule)::type;
     with_dtype(bucket.param, [&](auto param) {
-      auto with_grad = [&](auto grad) { bucket.full ? launch(rule, param, grad, std::true_type{}) : launch(rule, param, grad, std::false_type{}); };
+      using P = typename decltype(param)::type;
+      auto with_grad = [&](auto grad) {
+        using G = typename decltype(grad)::type;
+        bucket.full ? f(update<Rule, P, G, true>) : f(update<Rule, P, G, false>);
+      };
       bucket.param == bucket.grad ? with_grad(param) : with_grad(Type<AnyGrad>{});
     });
   });
+}
+
+}  // namespace
+
+void run_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t decision, int device, int64_t stream) {
+  const DeviceGuard guard(device);
+  const Table table = table_of(bucket, chunks, n_chunks, decision);
+  with_update(bucket, [&](auto kernel) { kernel<<<unsigned(n_chunks), kThreads, 0, at<CUstream_st>(stream)>>>(table, bucket.grad); });
   check(cudaGetLastError(), "launching the update");
 }
 
 void sum_of_squares_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t sums, int device, int64_t stream) {
   const DeviceGuard guard(device);
+  const Table table = table_of(bucket, chunks, n_chunks, 0);
   with_dtype(bucket.grad, [&](auto grad) {
-    sum_squares<typename decltype(grad)::type><<<unsigned(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-        bucket.rows, reinterpret_cast<const int64_t*>(chunks), reinterpret_cast<double*>(sums));
+    sum_squares<typename decltype(grad)::type><<<unsigned(n_chunks), kThreads, 0, at<CUstream_st>(stream)>>>(table, at<double>(sums));
   });
   check(cudaGetLastError(), "launching the sum of squares");
+}
+
+void decide_cuda(int64_t sums, int64_t n, int64_t grad_scale, double known_scale, int64_t found_inf, double max_norm, bool skip_nonfinite,
+                 int64_t decision, int64_t skipped, int device, int64_t stream) {
+  const DeviceGuard guard(device);
+  make_decision<<<1, kDeciding, 0, at<CUstream_st>(stream)>>>(at<double>(sums), n, at<float>(grad_scale), known_scale, at<float>(found_inf), max_norm,
+                                                            skip_nonfinite, at<Decision>(decision), at<unsigned long long>(skipped));
+  check(cudaGetLastError(), "launching the decision");
+}
+
+std::string why_not_cuda(const Bucket& bucket, int device) {
+  const DeviceGuard guard(device);
+  cudaError_t status = cudaSuccess;
+  with_update(bucket, [&](auto kernel) {
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, kernel);
+  });
+  cudaGetLastError();  // which would else be found by whoever asks next
+  return status == cudaSuccess ? "" : cudaGetErrorString(status);
 }

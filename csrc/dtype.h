@@ -4,10 +4,13 @@
 #include <cstdint>
 #include <cstring>
 #include "rule.h"
+#include "table.h"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
+
+RULE_FN int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 struct half_t { uint16_t bits; };
 struct bfloat16_t { uint16_t bits; };

@@ -14,8 +14,10 @@ namespace {
 
 using BucketNumbers = std::tuple<int, bool, int, int, int64_t, int64_t, int64_t>;
 
-Bucket bucket_of(int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients) {
-  return {algorithm, full, DType(param), DType(grad), reinterpret_cast<const Row*>(rows), n_rows, reinterpret_cast<const double*>(coefficients)};
+Bucket bucket_of(const BucketNumbers& numbers) {
+  return std::apply([](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t numbers) {
+    return Bucket{algorithm, full, DType(param), DType(grad), reinterpret_cast<const Row*>(rows), n_rows, reinterpret_cast<const double*>(numbers)};
+  }, numbers);
 }
 
 // A step on the CPU from its first change to its last: the buckets' weights, state and step counts, then `copies`, pairs of
@@ -24,7 +26,7 @@ Bucket bucket_of(int algorithm, bool full, int param, int grad, int64_t rows, in
 void step_cpu(const std::vector<BucketNumbers>& numbers, int threads, const std::string& isa, py::list copies) {
   static PyObject* const copy = PyUnicode_InternFromString("copy_");
   std::vector<Bucket> buckets;
-  for (const BucketNumbers& bucket : numbers) buckets.push_back(std::apply(bucket_of, bucket));
+  for (const BucketNumbers& bucket : numbers) buckets.push_back(bucket_of(bucket));
   {
     py::gil_scoped_release release;
     run_cpu(buckets, threads, isa);
@@ -57,32 +59,29 @@ PYBIND11_MODULE(_native, m) {
       .def("begin", &Batch::begin)
       .def("read", &Batch::read)
       .def("add", &Batch::add)
-      .def("coefficient_keys", &Batch::coefficient_keys)
       .def("buckets", &Batch::buckets)
       .def("looked_at", &Batch::looked_at)
       .def("release", &Batch::release);
 
   m.def("cpu_isas", &cpu_isas);
   m.attr("ROW_WORDS") = kRowWords;
+  m.attr("NUMBERS") = kNumbers;
   m.def("step_cpu", &step_cpu);
-  m.def("count_steps", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients) {
-    count_steps(bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients));
-  });
-  m.def("sum_of_squares_cpu", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients, int threads, const std::string& isa) {
-    const Bucket bucket = bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients);
+  m.def("sum_of_squares_cpu", [](const BucketNumbers& numbers, int threads, const std::string& isa) {
+    const Bucket bucket = bucket_of(numbers);
     py::gil_scoped_release release;
     return sum_of_squares_cpu(bucket, threads, isa);
   });
 
 #ifdef HAVE_CUDA
   m.attr("CUDA_CHUNK") = kChunk;
-  m.def("run_cuda", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients,
-                       int64_t chunks, int64_t n_chunks, int64_t found_inf, int device, int64_t stream) {
-    run_cuda(bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients), chunks, n_chunks, found_inf, device, stream);
+  m.def("run_cuda", [](const BucketNumbers& bucket, int64_t chunks, int64_t n_chunks, int64_t decision, int device, int64_t stream) {
+    run_cuda(bucket_of(bucket), chunks, n_chunks, decision, device, stream);
   });
-  m.def("sum_of_squares_cuda", [](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t coefficients,
-                                  int64_t chunks, int64_t n_chunks, int64_t sums, int device, int64_t stream) {
-    sum_of_squares_cuda(bucket_of(algorithm, full, param, grad, rows, n_rows, coefficients), chunks, n_chunks, sums, device, stream);
+  m.def("sum_of_squares_cuda", [](const BucketNumbers& bucket, int64_t chunks, int64_t n_chunks, int64_t sums, int device, int64_t stream) {
+    sum_of_squares_cuda(bucket_of(bucket), chunks, n_chunks, sums, device, stream);
   });
+  m.def("decide_cuda", &decide_cuda);
+  m.def("why_not_cuda", [](const BucketNumbers& bucket, int device) { return why_not_cuda(bucket_of(bucket), device); });
 #endif
 }

@@ -1,16 +1,17 @@
-// The table every backend reads: one row of addresses per tensor, then one row of coefficients per distinct set.
+// The table every backend reads: one row of addresses per tensor, and one row of numbers per parameter group.
 // 64-bit words only, so that Python, Triton, C++ and CUDA index it alike.
 #pragma once
 #include <cstdint>
 
 constexpr int kMaxSlots = 4;
 constexpr int kCoefficients = 8;
+constexpr int kNumbers = 2 * kCoefficients;  // of a group: its coefficients, then the decay each of them is corrected for, or 0
 
 struct Row {
   int64_t param, grad, slot[kMaxSlots];  // addresses
   int64_t numel;
-  int64_t coefficients;                  // which row of coefficients
-  int64_t step;                          // address of the step count, a float on the CPU that the CPU driver raises; or 0
+  int64_t group;                         // which row of numbers
+  int64_t step;                          // address of the step count, a float, which the update raises by one
 };
 constexpr int kRowWords = 9;
 static_assert(sizeof(Row) == kRowWords * sizeof(int64_t), "a row is nine words");
@@ -24,6 +25,6 @@ struct Bucket {
   DType param, grad;
   const Row* rows;
   int64_t n_rows;
-  const double* coefficients;
+  const double* numbers;
 };
 

@@ -123,3 +123,16 @@ def assert_equal_to_paper(params, optimizer, weights, tolerance=1e-12):
         }.items():
             if name in state and np.isfinite(expected).all() and np.isfinite(state[name]).all():
                 np.testing.assert_allclose(state[name], expected, rtol=1e-10, atol=tolerance, err_msg=f"{name} {i}")
+
+
+def as_if_all_were_skipped(optimizer):
+    """Leaves state as a GPU does that alone knows of overflows, and has skipped every step there was."""
+    optimizer.found_inf = None
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for entry in optimizer.state.values():
+        entry["step"].zero_()
+        for name, value in zip(optimizer.algorithm.stored(optimizer.lean), optimizer.algorithm.initial, strict=False):
+            entry[name].fill_(value)

@@ -7,7 +7,7 @@ import torch
 from conftest import HAS_GPU
 from runs import FUSED
 
-from adabayes_fused import collect
+from adabayes_fused import stepper
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 SHAPES = [(300, 70), (5,), (), (0, 3)]
@@ -30,7 +30,7 @@ def draw(params, t):
 @pytest.fixture
 def capturing(monkeypatch):
     """As far as the step can tell; torch would look for a driver if it were told so itself."""
-    monkeypatch.setattr(collect, "_capturing", lambda: True)
+    monkeypatch.setattr(stepper, "_capturing", lambda: True)
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -9,7 +9,7 @@ import torch
 from runs import FUSED
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adabayes_fused.operators import step_
+from adabayes_fused.operators import look, step_
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 
@@ -255,4 +255,4 @@ def test_the_operator_is_what_it_says(name):
     optimizer = make(name, model)
     backward(model, optimizer, 0)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.library.opcheck(step_, ([p.detach() for p in params], [p.grad for p in params], optimizer._name))
+    torch.library.opcheck(step_, ([p.detach() for p in params], [p.grad for p in params], look(optimizer)[1]))

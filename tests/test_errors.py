@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import FUSED, SLOW
 
-from adabayes_fused import AdaBayes, AdaBayesFP, collect
+from adabayes_fused import AdaBayes, AdaBayesFP, stepper
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 nan, inf = math.nan, math.inf
@@ -96,14 +96,14 @@ def test_memory_that_runs_out_while_state_is_made(monkeypatch):
     optimizer = FUSED["AdaBayes"](params, batch_size=8)
     for p in params:
         p.grad = torch.ones(2)
-    make = collect.new_state
+    make = stepper.new_state
 
     def new_state(algorithm, lean, p, *others):
         if p is params[1]:
             raise torch.cuda.OutOfMemoryError("no memory")
         return make(algorithm, lean, p, *others)
 
-    monkeypatch.setattr(collect, "new_state", new_state)
+    monkeypatch.setattr(stepper, "new_state", new_state)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         optimizer.step()
     assert not any(optimizer.state[p] for p in params)

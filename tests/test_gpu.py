@@ -271,7 +271,8 @@ def on_gpu(step):
 
 
 @pytest.mark.parametrize(("name", "lean"), list(itertools.product(FUSED, (False, True))))
-def test_one_kernel_and_one_copy_a_bucket(name, lean, fused):
+def test_one_kernel_a_bucket(name, lean, fused):
+    """And no copy, as long as nothing changes but gradients."""
     params = resnet34()
     buckets = {"one": params, "two": [*params, *parameters(dtype=torch.bfloat16)]}
     for count, some in enumerate(buckets.values(), start=1):
@@ -279,5 +280,5 @@ def test_one_kernel_and_one_copy_a_bucket(name, lean, fused):
         for _ in range(3):
             optimizer.step()
         found = on_gpu(optimizer.step)
-        copies = [n for n in found if n.startswith("Memcpy")]
-        assert (len(found) - len(copies), len(copies)) == (count, count), found
+        assert len(found) == count, found
+        assert not any(n.startswith("Memcpy") for n in found), found

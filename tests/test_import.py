@@ -1,9 +1,14 @@
 """Importing costs nothing and needs nothing optional. In fresh interpreters, since this one has imported everything."""
 
+import ast
+import graphlib
+import pathlib
 import subprocess
 import sys
 
 import pytest
+
+import adabayes_fused
 
 TRAIN = """
 import torch
@@ -72,3 +77,46 @@ except RuntimeError as error:
 """
     )
     assert "pip install triton" in out
+
+
+def imports_of(path):
+    """The package's modules that one of them imports, for types too; not what a function imports when it is called."""
+    package = ["adabayes_fused", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    nodes = list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("adabayes_fused")):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return found
+
+
+PACKAGE = pathlib.Path(adabayes_fused.__file__).parent
+FILES = [p for p in PACKAGE.rglob("*.py") if "triton_kernels" not in p.parts]
+NAMES = [".".join(("adabayes_fused", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in FILES]
+MODULES = dict(zip((name.removesuffix(".__init__") for name in NAMES), FILES, strict=True))
+
+
+def test_imports_go_one_way():
+    """No module imports, for its types neither, one that needs it."""
+    below = {name: imports_of(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    assert sum(map(len, below.values())) > 50
+    # A package is what its file imports, and its modules may import each other without it.
+    ordered = graphlib.TopologicalSorter(below).static_order()
+    assert set(ordered) == MODULES.keys()
+
+
+def test_the_optimizers_attributes_are_its_own():
+    """No other module writes one; what another has it keep, it hands over to a method."""
+    written = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+            for target in targets:
+                if isinstance(target, ast.Attribute) and "optimizer" in ast.unparse(target.value).split("."):
+                    written[name] = ast.unparse(target)
+    assert not written

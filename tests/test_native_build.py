@@ -71,7 +71,7 @@ def test_imports_alone(build):
 
 @needs_nvcc
 def test_fat_binary_holds_each_architecture(module, cuobjdump):
-    assert re.findall(r"\.(sm_\d+)\.cubin", run(cuobjdump, "--list-elf", module)) == ["sm_80", "sm_90", "sm_100"]
+    assert re.findall(r"\.(sm_\d+)\.cubin", run(cuobjdump, "--list-elf", module)) == ["sm_75", "sm_80", "sm_90", "sm_100"]
     assert "sm_100.ptx" in run(cuobjdump, "--list-ptx", module)
 
 

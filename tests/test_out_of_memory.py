@@ -111,7 +111,8 @@ def fail_each(whose, case):
         kind, steps, norm, skip = CASES[case]
         params, optimizer = begun("cpp", kind, steps, norm)
         optimizer.skip_nonfinite = skip
-        optimizer._reader()  # made once; pybind11 itself does not survive where it finds no memory for the object
+        # Made once; pybind11 itself does not survive where it finds no memory for the object.
+        optimizer._stepper.reader(optimizer._given())
         return params, optimizer
 
     params, optimizer = start()

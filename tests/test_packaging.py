@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import adabayes_fused
-from adabayes_fused.backends.launch import ROW_WORDS
+from adabayes_fused.table import NUMBERS, ROW_WORDS
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = re.compile(r"adabayes_fused: left out .*")
@@ -115,7 +115,7 @@ def broken_cuda(source):
     """Builds in seconds: a module of nothing but what is asked of it at once, and CUDA code no toolkit compiles."""
     for file in source.glob("csrc/*.cpp"):
         file.write_text("")
-    asked = f'm.attr("ROW_WORDS") = {ROW_WORDS}; m.def("plain_tensors", [](pybind11::args) {{}});'
+    asked = f'm.attr("ROW_WORDS") = {ROW_WORDS}; m.attr("NUMBERS") = {NUMBERS}; m.def("plain_tensors", [](pybind11::args) {{}});'
     (source / "csrc/module.cpp").write_text(f"#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_native, m) {{ {asked} }}\n")
     (source / "csrc/cuda.cu").write_text("#error too old\n")
     return source

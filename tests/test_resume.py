@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from runs import FUSED
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from adabayes_fused import backends, collect
+from adabayes_fused import backends, stepper
 
 STEPS = 30
 INTERRUPTED = sorted(random.Random(8).sample(range(1, STEPS), 10))
@@ -288,7 +288,7 @@ def test_a_parameter_that_joins_later_counts():
 def test_a_step_under_capture_counts(monkeypatch):
     """A graph of a step that does nothing would be of no use, and a captured stream cannot be waited for."""
     optimizer, params = small("AdaBayes", (0.0, 0.0), (0.0, 0.0))
-    monkeypatch.setattr(collect, "_capturing", lambda: True)
+    monkeypatch.setattr(stepper, "_capturing", lambda: True)
     optimizer.step()
     assert [optimizer.state[p]["step"] for p in params] == [1, 1]
 
@@ -299,7 +299,7 @@ def test_ordinary_steps_are_not_asked(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "any", None)
         optimizer.step()
-    monkeypatch.setattr(collect, "_only_makes_state", None)
+    monkeypatch.setattr(stepper, "_only_makes_state", None)
     for _ in range(2):
         optimizer.step()
     assert [optimizer.state[p]["step"] for p in params] == [3, 3]

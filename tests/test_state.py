@@ -297,7 +297,7 @@ def test_state_made_anew_many_times_takes_no_more_memory():
     for seed in range(60):
         train(optimizer, params, 1, seed)
         optimizer.state.clear()
-    assert sum(slab.nbytes for slab in optimizer._slabs.all) < 20 * sum(4 * p.nbytes for p in params)
+    assert sum(slab.nbytes for slab in optimizer._stepper.slabs.all) < 20 * sum(4 * p.nbytes for p in params)
 
 
 def test_a_plain_number_as_step_count_beside_many_slabs():
@@ -361,7 +361,7 @@ def test_state_that_nobody_else_holds_is_looked_at_once():
             assert len(optimizer.state) == 50
         held = optimizer.state[params[0]] if t == 4 else None
         optimizer.step()
-        found.append(optimizer._kept_reader[1].looked_at())
+        found.append(optimizer._stepper._reader[1].looked_at())
     assert held is None
     assert found == [50, 50, 0, 50, 50, 1]  # made; first seen; asked for; asked for and one held; that one
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 ROW_WORDS = tl.constexpr(9)
+COEFFICIENTS = tl.constexpr(8)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -30,7 +31,7 @@ def _pointer(row, word: tl.constexpr, dtype: tl.constexpr, begin, ALIGNED: tl.co
 
 
 @triton.jit
-def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr = ""):
+def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
     if FULL:
         value = tl.load(pointer + offsets, eviction_policy=EVICT)
     else:
@@ -98,12 +99,53 @@ def _update_chunk(
 
 
 @triton.jit
+def _power(base, exponent):
+    """By repeated squaring, as in ``csrc/dispatch.h``."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        result = tl.where((exponent & 1) != 0, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _coefficient(numbers, i: tl.constexpr, exponent, decision, DECIDED: tl.constexpr, CORRECTED: tl.constexpr):
+    """The i-th of a group's coefficients at step ``exponent``; bits of CORRECTED tell which of them are for an average that began
+    at zero."""
+    value = tl.load(numbers + i)
+    if DECIDED and i == 0:
+        value = value * tl.load(decision)
+    if (CORRECTED >> i) & 1:
+        value = value / (1.0 - _power(tl.load(numbers + COEFFICIENTS + i), exponent))
+    return value
+
+
+@triton.jit
+def _count_step(rows, chunks, tickets, CHUNK: tl.constexpr):
+    """Raises the step count once all programs of its tensor have read it: the last to ask does so."""
+    tl.debug_barrier()  # this program has
+    at = tl.load(chunks + tl.program_id(0)) >> 32
+    blocks = tl.cdiv(tl.load(rows + at * ROW_WORDS + 6), CHUNK)
+    before = blocks - 1
+    if blocks > 1:
+        before = tl.atomic_add(tickets + at, 1)
+    if before == blocks - 1:
+        if blocks > 1:
+            tl.store(tickets + at, 0)
+        step = tl.load(rows + at * ROW_WORDS + 8).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step) + 1.0)
+
+
+@triton.jit
 def multi_tensor(
     rows,
     chunks,
-    coefficients,
-    found_inf,
+    tickets,
+    numbers,
+    decision,
     RULE: tl.constexpr,
+    CORRECTED: tl.constexpr,
     READS: tl.constexpr,
     SLOTS: tl.constexpr,
     PARAM: tl.constexpr,
@@ -112,29 +154,37 @@ def multi_tensor(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     EVICT: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
+    DECIDED: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """``found_inf``: one float; where SKIPPABLE and it is not zero, nothing changes. FAR: some average moves far."""
+    """``tickets``: one word a row, zero between launches; ``decision``: factor, norm and skip (csrc/decision.h), where DECIDED
+    on the device. FAR: some average moves far."""
     row, begin, left = _chunk(rows, chunks, CHUNK)
-    if SKIPPABLE:
-        left = tl.where(tl.load(found_inf) != 0, 0, left)
-    k = coefficients + tl.load(row + 7) * 8
-    c = (
-        tl.load(k).to(STATE),
-        tl.load(k + 1).to(STATE),
-        tl.load(k + 2).to(STATE),
-        tl.load(k + 3).to(STATE),
-        tl.load(k + 4).to(STATE),
-        tl.load(k + 5).to(STATE),
-        tl.load(k + 6).to(STATE),
-        tl.load(k + 7).to(STATE),
-    )
+    if DECIDED:
+        left = tl.where(tl.load(decision + 2) != 0, 0, left)
     addresses = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 4) | tl.load(row + 5)
-    if (left >= CHUNK) & (addresses % 16 == 0):
+    wide = (left >= CHUNK) & (addresses % 16 == 0)
+    k = numbers + tl.load(row + 7) * 2 * COEFFICIENTS
+    t = tl.load(tl.load(row + 8).to(tl.pointer_type(tl.float32))).to(tl.int32) + 1
+    c = (
+        _coefficient(k, 0, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 1, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 2, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 3, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 4, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 5, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 6, t, decision, DECIDED, CORRECTED).to(STATE),
+        _coefficient(k, 7, t, decision, DECIDED, CORRECTED).to(STATE),
+    )
+    if wide:
         _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, FAR, True)
     else:
         _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, FAR, False)
+    if DECIDED:
+        if tl.load(decision + 2) == 0:
+            _count_step(rows, chunks, tickets, CHUNK)
+    else:
+        _count_step(rows, chunks, tickets, CHUNK)
 
 
 @triton.jit
@@ -142,7 +192,7 @@ def _sum_chunk(row, begin, left, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK:
     pointer = _pointer(row, 1, GRAD, begin, FULL)
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, CHUNK, BLOCK):
-        grad = _load(pointer, start + tl.arange(0, BLOCK), left, tl.float64, FULL)
+        grad = _load(pointer, start + tl.arange(0, BLOCK), left, tl.float64, FULL, "")
         sums += grad * grad
     return tl.sum(sums, 0)
 
@@ -156,3 +206,46 @@ def sum_of_squares(rows, chunks, sums, GRAD: tl.constexpr, CHUNK: tl.constexpr, 
     else:
         total = _sum_chunk(row, begin, left, GRAD, CHUNK, BLOCK, False)
     tl.store(sums + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize=["n", "known_scale", "max_norm"])
+def decide(
+    sums,
+    n,
+    grad_scale,
+    known_scale,
+    found_inf,
+    max_norm,
+    decision,
+    skipped,
+    SCALED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    CLIPS: tl.constexpr,
+    SKIPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Makes a decision of the sums, as ``csrc/decision.h`` does, and counts it if it is to skip. ``grad_scale`` where SCALED,
+    ``found_inf`` where CHECKED; ``known_scale``, ``max_norm``: the bits of float64s, since floats come as float32."""
+    parts = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        parts += tl.load(sums + i, mask=i < n, other=0.0)
+    total = tl.sum(parts, 0)
+    scale = known_scale.to(tl.float64, bitcast=True)
+    if SCALED:
+        scale = tl.load(grad_scale).to(tl.float64)
+    norm = tl.sqrt(total) / scale
+    if CLIPS:
+        limit = max_norm.to(tl.float64, bitcast=True) / (norm + 1e-6)
+        clip = tl.where(limit > 1.0, 1.0, limit)
+    else:
+        clip = scale * 0.0 + 1.0
+    skip = False
+    if CHECKED:
+        skip = tl.load(found_inf) != 0
+    if SKIPS:
+        skip = skip | (total - total != 0.0)
+    tl.store(decision, clip / scale)
+    tl.store(decision + 1, norm)
+    tl.store(decision + 2, tl.where(skip, 1.0, 0.0).to(tl.float64))
+    tl.store(skipped, tl.load(skipped) + tl.where(skip, 1, 0))

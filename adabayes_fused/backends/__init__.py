@@ -1,9 +1,10 @@
 """The backends, one file each, and the choice between them.
 
 Each has ``unavailable(device)``: None, or why it cannot update parameters there and what to do about it;
-``sum_of_squares(launch)``: of all its gradients, a 0-dim tensor on its device (float64 where it has it), never waited for; and
-``prepare(launches, copies)``: everything that may fail, returning the function that updates, raises the step counts and writes
-``copies`` back, pairs of a parameter and the tensor updated in its place.
+``sum_of_squares(launch)``: a 1-dim tensor on the launch's device (float64 where it has it) whose sum is that of all its squared
+gradients, never waited for; and ``prepare(launches, copies)``: everything that may fail, returning the function that updates,
+raises the step counts and writes ``copies`` back, pairs of a parameter and the tensor updated in its place. Those with kernels
+for GPUs also have ``decide``: one kernel for what ``clipping.decide`` else has torch's operations do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import ModuleType
 import torch
 
 from . import cpp, cuda, foreach, triton
+from .launch import CANNOT_LOAD
 
 BACKENDS: dict[str, ModuleType] = {"cpp": cpp, "cuda": cuda, "triton": triton, "foreach": foreach}
 READ_TABLES = ("cpp", "cuda", "triton")  # these want addresses, foreach wants tensors
@@ -31,7 +33,15 @@ def check_name(name: str) -> None:
 def choose(name: str, device: torch.device) -> str:
     """The backend that ``name`` means for parameters on ``device``. RuntimeError if the named one cannot run there."""
     if name == "auto":
-        return next(b for b in _preferred(device) if BACKENDS[b].unavailable(device) is None)
+        unloaded = []
+        for chosen in _preferred(device):
+            if (reason := BACKENDS[chosen].unavailable(device)) is None:
+                break
+            if reason.startswith(CANNOT_LOAD):
+                unloaded.append(f"{chosen}: {reason}")
+        if unloaded and chosen != "foreach":  # of which a step warns
+            warnings.warn(f"parameters on {device} are updated by the backend {chosen!r}. {'; '.join(unloaded)}", stacklevel=2)
+        return chosen
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}")

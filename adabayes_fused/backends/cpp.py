@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .in_turn import Copies
-from .launch import Launch
+from .launch import Copies, Launch
 
 ISA_VARIABLE = "ADABAYES_FUSED_ISA"  # forces one of module.cpu_isas(), for tests and comparisons
 
@@ -31,31 +31,27 @@ def chosen_isa(forced: str | None) -> str:
     return forced or isas[0]
 
 
-def _table(launch: Launch) -> tuple[int, Tensor | None]:
+def _rows(launch: Launch) -> tuple[int, Any]:
     """The address of the rows, and what holds them."""
     if launch.address:
         return launch.address, None
-    rows = launch.rows()
-    return rows.data_ptr(), rows
+    rows = ctypes.create_string_buffer(launch.rows())
+    return ctypes.addressof(rows), rows
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
-    address, _rows = _table(launch)
+    address, _held = _rows(launch)
     isa = chosen_isa(os.environ.get(ISA_VARIABLE))
-    total = native.module.sum_of_squares_cpu(*native.bucket(launch, address, 0), torch.get_num_threads(), isa)
-    return torch.tensor(total, dtype=torch.float64, device="cpu")
+    total = native.module.sum_of_squares_cpu(native.bucket(launch, address, 0), torch.get_num_threads(), isa)
+    return torch.tensor([total], dtype=torch.float64, device="cpu")
 
 
 def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
-    launches = [launch for launch in launches if launch.found_inf is None or not launch.found_inf.item()]
-    tables = [_table(launch) for launch in launches]
-    buckets = [
-        native.bucket(launch, address, launch.coefficient_address())
-        for launch, (address, _) in zip(launches, tables, strict=True)
-    ]
-    arguments = buckets, torch.get_num_threads(), chosen_isa(os.environ.get(ISA_VARIABLE)), list(copies) if launches else []
+    rows = [_rows(launch) for launch in launches]
+    buckets = [native.bucket(launch, at, launch.packed.buffer_info()[0]) for launch, (at, _) in zip(launches, rows, strict=True)]
+    arguments = buckets, torch.get_num_threads(), chosen_isa(os.environ.get(ISA_VARIABLE)), list(copies)
 
-    def run(_held: Any = (launches, tables)) -> None:  # what the addresses point to
+    def run(_held: Any = (launches, rows)) -> None:  # what the addresses point to
         native.module.step_cpu(*arguments)
 
     return run

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..table import raw_stream
 from . import native
-from .in_turn import Copies, in_turn
-from .launch import Launch
-from .table import coefficients_of, upload
+from .launch import CANNOT_LOAD, Copies, Launch, in_turn
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -24,42 +25,69 @@ def unavailable(device: torch.device) -> str | None:
         return "this torch is built for ROCm; use backend='triton'"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU here (torch.cuda.is_available() is False); use backend='auto'"
-    return None
+    why = _why_not((0, True, 0, 0), _index(device))
+    return f"{CANNOT_LOAD}: {why}; use backend='auto'" if why else None
 
 
-def _where(launch: Launch) -> tuple[int, int]:
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _where(device: torch.device) -> tuple[int, int]:
     """The device's index and the current stream there."""
-    index = launch.device.index if launch.device.index is not None else torch.cuda.current_device()
-    return index, torch.cuda.current_stream(index).cuda_stream
+    return _index(device), raw_stream(device)
+
+
+@functools.cache
+def _why_not(kernel: tuple[int, ...], index: int) -> str:
+    """In CUDA's words why the update of such a bucket cannot run there; "" if it can."""
+    why: str = native.module.why_not_cuda((*kernel, 0, 0, 0), index)
+    return why
+
+
+def _table(launch: Launch) -> tuple[tuple[int, ...], int, int]:
+    """The bucket, its chunk map and how long that is."""
+    table = launch.bring_table(native.module.CUDA_CHUNK)
+    return native.bucket(launch, table.rows.data_ptr(), launch.packed.data_ptr()), table.chunks.data_ptr(), len(table.chunks)
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
-    rows, chunks = upload(launch, native.module.CUDA_CHUNK)
-    sums = torch.empty(len(chunks), dtype=torch.float64, device=launch.device)
-    if len(chunks):
-        native.module.sum_of_squares_cuda(
-            *native.bucket(launch, rows.data_ptr(), 0), chunks.data_ptr(), len(chunks), sums.data_ptr(), *_where(launch)
-        )
-    return sums.sum()
+    sums = launch.bring_table(native.module.CUDA_CHUNK).sums
+    native.module.sum_of_squares_cuda(*_table(launch), sums.data_ptr(), *_where(launch.device))
+    return sums
+
+
+def decide(
+    sums: Tensor | None, grad_scale: Any, found_inf: Tensor | None, limit: float, skip_nonfinite: bool, skipped: Tensor
+) -> Tensor:
+    decision = torch.empty(3, dtype=torch.float64, device=skipped.device)
+    scaled = isinstance(grad_scale, Tensor)
+    native.module.decide_cuda(
+        0 if sums is None else sums.data_ptr(),
+        0 if sums is None else len(sums),
+        grad_scale.data_ptr() if scaled else 0,
+        1.0 if scaled else float(grad_scale),
+        0 if found_inf is None else found_inf.data_ptr(),
+        limit,
+        skip_nonfinite,
+        decision.data_ptr(),
+        skipped.data_ptr(),
+        *_where(skipped.device),
+    )
+    return decision
 
 
 def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
-    return in_turn(launches, [_prepare(launch) for launch in launches], copies)
+    return in_turn([_prepare(launch) for launch in launches], copies)
 
 
 def _prepare(launch: Launch) -> Callable[[], None]:
-    rows, chunks = upload(launch, native.module.CUDA_CHUNK)
-    coefficients = coefficients_of(launch)
+    table = _table(launch)
+    if why := _why_not(table[0][:4], _index(launch.device)):
+        raise RuntimeError(f"backend 'cuda' cannot run on {launch.device}: {CANNOT_LOAD}: {why}")
 
     def run() -> None:
-        if len(chunks):
-            found_inf = 0 if launch.found_inf is None else launch.found_inf.data_ptr()
-            native.module.run_cuda(
-                *native.bucket(launch, rows.data_ptr(), coefficients.data_ptr()),
-                chunks.data_ptr(),
-                len(chunks),
-                found_inf,
-                *_where(launch),
-            )
+        decision = 0 if launch.decision is None else launch.decision.data_ptr()
+        native.module.run_cuda(*table, decision, *_where(launch.device))
 
     return run

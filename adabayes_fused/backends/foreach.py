@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms import corrected
 from ..scalars import wide
-from .in_turn import Copies, in_turn
-from .launch import Launch
+from .launch import Copies, Launch, in_turn
 
 Scalars = Sequence[Any]  # numbers, or 0-dim tensors on the device
 Tensors = Sequence[Tensor]
@@ -92,26 +92,47 @@ def sum_of_squares(launch: Launch) -> Tensor:
     dtype = wide(launch.device)
     grads = [tensors[1] for tensors in launch.tensors if tensors[1].numel()]
     if not grads:
-        return torch.zeros((), dtype=dtype, device=launch.device)
-    return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square().sum()
+        return torch.zeros(1, dtype=dtype, device=launch.device)
+    return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square()
+
+
+def _coefficients(launch: Launch, state_dtype: torch.dtype) -> tuple[list[Scalars], list[int]]:
+    """Sets of eight, rounded once to the type the rule computes in, and which of them each tensor takes: one for each group and
+    step count where the host knows that, else one for each tensor."""
+    if launch.known_steps:
+        steps = torch.stack(launch.steps).tolist()
+        sets: dict[tuple[int, float], int] = {}
+        which = [sets.setdefault((g, step), len(sets)) for g, step in zip(launch.group_of, steps, strict=True)]
+        rows = [corrected(launch.numbers[g], int(step) + 1) for g, step in sets]
+        for row in rows:
+            row[0] *= launch.factor
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").to(state_dtype).tolist(), which
+    dtype = wide(launch.device)
+    each = torch.empty(len(launch), 8, dtype=dtype, device=launch.device)
+    counts = torch.stack(launch.steps).to(dtype) + 1
+    for g in dict.fromkeys(launch.group_of):  # whose tensors come one after the other
+        start, members = launch.group_of.index(g), launch.group_of.count(g)
+        for i, value in enumerate(corrected(launch.numbers[g], counts[start : start + members])):
+            each[start : start + members, i] = value * launch.factor if i == 0 else value
+    return [row.unbind() for row in each.to(state_dtype).unbind()], list(range(len(launch)))
 
 
 def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
-    return in_turn(launches, [_prepare(launch) for launch in launches], copies)
+    return in_turn([_prepare(launch) for launch in launches], copies)
 
 
 def _prepare(launch: Launch) -> Callable[[], None]:
     rule = RULES[launch.algorithm.name]
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
-    skip = None if launch.found_inf is None else launch.found_inf != 0
-    rows = launch.coefficient_rows().to(state_dtype)  # rounded once, to the type the rule computes in
-    known = not isinstance(launch.keys[0][1], Tensor)
-    coefficients: list[Scalars] = rows.tolist() if known else [row.unbind() for row in rows.unbind()]
-    blocks = list(_blocks(launch))
+    coefficients, which = _coefficients(launch, state_dtype)
+    blocks = list(_blocks(launch, which))
     largest = max((sum(tensors[0].numel() for tensors in block) for _, block in blocks), default=0)
     scratch = [torch.empty(largest, dtype=state_dtype, device=launch.device) for _ in range(3)]
 
     def run() -> None:
+        factor = skip = None
+        if launch.decision is not None:
+            factor, skip = launch.decision[0], launch.decision[2] != 0
         for k, block in blocks:
             columns = [list(column) for column in zip(*block, strict=True)]
             flat = [_flat(column) for column in columns]
@@ -119,13 +140,17 @@ def _prepare(launch: Launch) -> Callable[[], None]:
             values, written = [param, *slots], [columns[0], *columns[2:]]
             apart = len(block) > 1 or param is not flat[0]  # copies, which are written back
             before = None if skip is None else [t.clone() for t in values]
-            rule(coefficients[k], [t[: param.numel()] for t in scratch], grad, param, *slots)
+            c = coefficients[k] if factor is None else [(coefficients[k][0] * factor).to(state_dtype), *coefficients[k][1:]]
+            rule(c, [t[: param.numel()] for t in scratch], grad, param, *slots)
             if skip is not None and before is not None:
                 for value, old in zip(values, before, strict=True):
                     torch.where(skip, old, value, out=value)
             if apart:
                 split = (_unflatten(value, column) for value, column in zip(values, written, strict=True))
                 torch._foreach_copy_([t for column in written for t in column], [t for column in split for t in column])
+        # With a tensor and no alpha torch would take the overload for numbers, and wait for this one's value.
+        taken = 1 if skip is None else (~skip).float()
+        torch._foreach_add_(launch.steps, taken, **({} if skip is None else dict(alpha=1)))
 
     return run
 
@@ -139,12 +164,12 @@ def _unflatten(value: Tensor, column: list[Tensor]) -> Tensors:
     return [value] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
 
 
-def _blocks(launch: Launch) -> Iterator[tuple[int, list[list[Tensor]]]]:
+def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[Tensor]]]]:
     """Tensors of one row of coefficients, whole ones up to a block's size together, or one part of a larger one."""
     most = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE)
     block: list[list[Tensor]] = []
     block_k = numel = 0
-    for k, tensors in sorted(zip(launch.which, launch.tensors, strict=True), key=lambda item: item[0]):
+    for k, tensors in sorted(zip(which, launch.tensors, strict=True), key=lambda item: item[0]):
         size = tensors[0].numel()
         if block and (k != block_k or numel + size > most):
             yield block_k, _lines(block)

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algorithms import Algorithm
+from ..table import ROW_WORDS, Table
 
-ROW_WORDS = 9  # 64-bit words a row of the table, csrc/table.h
-COEFFICIENTS = 8  # numbers a rule takes
+CANNOT_LOAD = "its kernels cannot be loaded there"  # so begins the reason on a GPU, or a driver, they were not built for
+Copies = Sequence[tuple[Tensor, Tensor]]  # a parameter with gaps, and the dense tensor that is updated in its place
+
+
+def in_turn(updates: list[Callable[[], None]], copies: Copies) -> Callable[[], None]:
+    """The function that makes these updates and writes ``copies`` back."""
+
+    def run() -> None:
+        for update in updates:
+            update()
+        for param, copy in copies:
+            param.copy_(copy)
+
+    return run
 
 
 @dataclass
 class Launch:
-    """Parameters of one device and one pair of dtypes. Either ``address`` and ``count`` say where the rows of the table
-    lie, or ``tensors`` holds each parameter's (param, grad, *slots), ``steps`` its step count and ``which`` its row of
-    ``coefficients``."""
+    """Parameters of one device and one pair of dtypes. Either ``address`` and ``count`` say where the rows of the table lie, or
+    ``tensors`` holds each parameter's (param, grad, *slots), ``steps`` its step count and ``group_of`` its parameter group."""
 
     algorithm: Algorithm
     lean: bool
@@ -29,18 +41,22 @@ class Launch:
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
-    keys: Sequence[tuple[int, Any]]  # the group and the step count after this step of each row of coefficients
     address: int = 0
     count: int = 0
     tensors: list[list[Tensor]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    which: list[int] = field(default_factory=list)
-    coefficients: array[float] | Tensor | None = None  # float64, eight a set; on the device where the host must not know them
+    group_of: list[int] = field(default_factory=list)
+    spread: tuple[Any, ...] = ()  # process groups over which its gradients are spread, where their norm is wanted
     far: bool = False  # some average moves by more than half, which takes a kernel of Triton's that can
-    uploaded: tuple[Tensor, Tensor] | None = None  # rows and chunk map, on the device: backends/table.py
-    found_inf: Tensor | None = None  # on the device: one float32, not zero where nothing may change
-    groups: tuple[Any, ...] = ()  # process groups over which its gradients are spread, where their norm is wanted
+    table: Table | None = None  # what the device has of the rows
     kept_alive: list[Tensor] = field(default_factory=list)  # takes memory that a captured graph goes on reading
+    numbers: Sequence[Sequence[Any]] = ()  # sixteen of each group: floats, or 0-dim tensors there (scalars.Numbers)
+    factor: float = 1.0  # of every gradient, as far as the host knows it
+    packed: Any = None  # both for kernels that read a table: float64, an array on the CPU, a tensor on the device
+    decides: bool = False  # whether there will be a decision
+    decision: Tensor | None = None  # factor, norm and skip on the device, float64, where the host must not know them
+    known_steps: bool = False  # whether the host may read the step counts
+    _brought: bool = False
 
     @property
     def slots(self) -> int:
@@ -49,32 +65,29 @@ class Launch:
     def __len__(self) -> int:
         return self.count or len(self.tensors)
 
-    def coefficient_rows(self) -> Tensor:
-        """``coefficients``, which are set before a backend prepares the launch, as a tensor of shape (sets, 8)."""
-        assert self.coefficients is not None
-        if isinstance(self.coefficients, array):
-            self.coefficients = torch.tensor(self.coefficients, dtype=torch.float64, device="cpu").view(-1, COEFFICIENTS)
-        return self.coefficients
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from the other launches of a step."""
+        return self.backend, self.device, self.param_dtype, self.grad_dtype, self.spread, bool(self.address)
 
-    def coefficient_address(self) -> int:
-        """Where they lie, for a kernel on the CPU."""
-        return self.coefficients.buffer_info()[0] if isinstance(self.coefficients, array) else self.coefficient_rows().data_ptr()
-
-    def rows(self) -> Tensor:
-        """The table's rows: int64 on the CPU, shape (parameters, 9)."""
+    def rows(self) -> bytes:
+        """The table's rows, of nine 64-bit words each."""
         if self.address:
-            rows = torch.empty(self.count, ROW_WORDS, dtype=torch.int64, device="cpu")
-            ctypes.memmove(rows.data_ptr(), self.address, rows.nbytes)
-            return rows
+            return ctypes.string_at(self.address, 8 * ROW_WORDS * self.count)
         unused = [0] * (ROW_WORDS - 5 - self.slots)
-        return torch.tensor(
-            [
-                [*(self._address(t) for t in tensors), *unused, tensors[0].numel(), k, step.data_ptr()]
-                for tensors, step, k in zip(self.tensors, self.steps, self.which, strict=True)
-            ],
-            dtype=torch.int64,
-            device="cpu",
-        )
+        words = [
+            [*(self._address(t) for t in tensors), *unused, tensors[0].numel(), group, step.data_ptr()]
+            for tensors, step, group in zip(self.tensors, self.steps, self.group_of, strict=True)
+        ]
+        return bytes((ctypes.c_int64 * (ROW_WORDS * len(words)))(*chain.from_iterable(words)))
+
+    def bring_table(self, chunk: int) -> Table:
+        """The table on the device, for programs of ``chunk`` elements."""
+        self.table = self.table or Table()
+        if not self._brought:
+            self.table.bring(self.rows(), chunk, self.device, self.kept_alive)
+            self._brought = True
+        return self.table
 
     def _address(self, t: Tensor) -> int:
         """Where a kernel of this launch finds ``t``. Of another tensor it would follow an address that is not its own."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .. import plain
-from ..gather import DTYPES
-from .launch import ROW_WORDS, Launch
+from ..table import DTYPES, NUMBERS, ROW_WORDS
+from .launch import Launch
 
 _REMEDY = (
     "install a C++ compiler (and nvcc for CUDA) and run 'pip install --force-reinstall --no-deps .' again, with -e if you work "
@@ -24,7 +24,7 @@ def _load() -> tuple[Any, str]:
         found = importlib.import_module("adabayes_fused._native")
     except ImportError as error:
         return None, f"the compiled extension is not there ({error}; looked in {Path(__file__).parents[1]}); {_REMEDY}"
-    if getattr(found, "ROW_WORDS", None) != ROW_WORDS:
+    if (getattr(found, "ROW_WORDS", None), getattr(found, "NUMBERS", None)) != (ROW_WORDS, NUMBERS):
         return None, f"the compiled extension {found.__file__} was built from another version of the sources; {_REMEDY}"
     return found, ""
 
@@ -42,8 +42,8 @@ def new_batch(slots: tuple[str, ...], device_types: set[str], dtensor: Any) -> A
     return module.batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), _plain_tensors)
 
 
-def bucket(launch: Launch, rows: int, coefficients: int) -> tuple[int, ...]:
-    """The module's arguments for a launch whose rows and coefficients lie at these addresses."""
+def bucket(launch: Launch, rows: int, numbers: int) -> tuple[int, ...]:
+    """The module's description of a launch whose rows and numbers lie at these addresses."""
     return (
         launch.algorithm.number,
         not launch.lean,
@@ -51,5 +51,5 @@ def bucket(launch: Launch, rows: int, coefficients: int) -> tuple[int, ...]:
         DTYPES.index(launch.grad_dtype),
         rows,
         len(launch),
-        coefficients,
+        numbers,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
 import os
+import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .in_turn import Copies, in_turn
-from .launch import Launch
-from .table import coefficients_of, upload
+from .launch import CANNOT_LOAD, Copies, Launch, in_turn
 
 CHUNK = 8192  # elements a program updates
 BLOCK = 1024  # elements at a time
@@ -29,10 +30,35 @@ def unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; 'pip install triton'"
     if device.type == "cuda":
-        return None if torch.cuda.is_available() else "torch sees no GPU here (torch.cuda.is_available() is False)"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU here (torch.cuda.is_available() is False)"
+        return f"{CANNOT_LOAD}: {why}" if (why := _why_not(device)) else None
     if device.type == "cpu" and interpreted():
         return None
     return f"it updates parameters on a GPU, not on {device}; TRITON_INTERPRET=1 runs it, slowly, on the CPU"
+
+
+@functools.cache
+def _why_not(device: torch.device) -> str:
+    """Why a kernel of Triton's cannot be compiled and loaded there, the smallest; "" if it can."""
+    from ..triton_kernels import multi_tensor
+
+    try:
+        with torch.cuda.device(device):
+            number = torch.empty(3, dtype=torch.float64, device=device)
+            skipped = torch.empty(1, dtype=torch.int64, device=device)
+            arguments = number, 0, number, _bits(1.0), number, _bits(1.0), number, skipped
+            load(multi_tensor.decide, arguments, dict(SCALED=False, CHECKED=False, CLIPS=False, SKIPS=False, BLOCK=BLOCK))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton's compilers, of the driver: each has its own
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return ""
+
+
+def load(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Compiles a kernel for these arguments, if it has to, and loads it."""
+    kernel.warmup(*arguments, grid=(1,), **constants, **OPTIONS)._init_handles()
 
 
 def _named(dtype: torch.dtype) -> Any:
@@ -48,6 +74,7 @@ def constants(launch: Launch) -> dict[str, Any]:
     algorithm = launch.algorithm
     return dict(
         RULE=RULES[algorithm.name],
+        CORRECTED=sum(1 << i for i, _ in algorithm.corrected),
         READS=algorithm.lean if launch.lean else algorithm.reads,
         SLOTS=launch.slots,
         PARAM=_named(launch.param_dtype),
@@ -56,47 +83,81 @@ def constants(launch: Launch) -> dict[str, Any]:
         CHUNK=CHUNK,
         BLOCK=BLOCK,
         EVICT=EVICT,
-        SKIPPABLE=launch.found_inf is not None,
         FAR=launch.far,
     )
 
 
-def _on_device(launch: Launch) -> AbstractContextManager[None]:
-    return torch.cuda.device(launch.device) if launch.device.type == "cuda" else nullcontext()
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def sum_of_squares(launch: Launch) -> Tensor:
     from ..triton_kernels import multi_tensor
 
-    rows, chunks = upload(launch, CHUNK)
-    sums = torch.empty(len(chunks), dtype=torch.float64, device=launch.device)
-    if len(chunks):
-        with _on_device(launch):
-            multi_tensor.sum_of_squares[(len(chunks),)](
-                rows, chunks, sums, GRAD=_named(launch.grad_dtype), CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS
-            )
-    return sums.sum()
+    table = launch.bring_table(CHUNK)
+    with _on(launch.device):
+        multi_tensor.sum_of_squares[(len(table.chunks),)](
+            table.rows, table.chunks, table.sums, GRAD=_named(launch.grad_dtype), CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS
+        )
+    return table.sums
+
+
+def _bits(number: float) -> int:
+    found: int = struct.unpack("q", struct.pack("d", number))[0]
+    return found
+
+
+def decide(
+    sums: Tensor | None, grad_scale: Any, found_inf: Tensor | None, limit: float, skip_nonfinite: bool, skipped: Tensor
+) -> Tensor:
+    from ..triton_kernels import multi_tensor
+
+    decision = torch.empty(3, dtype=torch.float64, device=skipped.device)
+    scaled = isinstance(grad_scale, Tensor)
+    with _on(skipped.device):
+        multi_tensor.decide[(1,)](
+            decision if sums is None else sums,
+            0 if sums is None else len(sums),
+            grad_scale if scaled else decision,
+            _bits(1.0 if scaled else float(grad_scale)),
+            decision if found_inf is None else found_inf,
+            _bits(limit),
+            decision,
+            skipped,
+            SCALED=scaled,
+            CHECKED=found_inf is not None,
+            CLIPS=math.isfinite(limit),
+            SKIPS=skip_nonfinite,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
+    return decision
 
 
 def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
-    return in_turn(launches, [_prepare(launch) for launch in launches], copies)
+    return in_turn([_prepare(launch) for launch in launches], copies)
 
 
 def _prepare(launch: Launch) -> Callable[[], None]:
     from ..triton_kernels.multi_tensor import multi_tensor
 
-    rows, chunks = upload(launch, CHUNK)
-    coefficients = coefficients_of(launch)
-    found_inf = coefficients if launch.found_inf is None else launch.found_inf
-    arguments = (rows, chunks, coefficients, found_inf)
-    keywords = constants(launch) | OPTIONS
-    if len(chunks) and not interpreted():
-        with _on_device(launch):  # compiles, if it has to, before anything is changed
-            multi_tensor.warmup(*arguments, grid=(1,), **keywords)
+    table = launch.bring_table(CHUNK)
+    keywords = constants(launch)
+
+    grid = (len(table.chunks),)
 
     def run() -> None:
-        if len(chunks):
-            with _on_device(launch):
-                multi_tensor[(len(chunks),)](*arguments, **keywords)
+        decision = launch.packed if launch.decision is None else launch.decision
+        with _on(launch.device):
+            multi_tensor[grid](
+                *(table.rows, table.chunks, table.tickets, launch.packed, decision),
+                DECIDED=launch.decision is not None,
+                **keywords,
+                **OPTIONS,
+            )
 
+    if not interpreted():
+        with _on(launch.device):  # compiles, if it has to, before anything is changed
+            arguments = table.rows, table.chunks, table.tickets, launch.packed, launch.packed
+            load(multi_tensor, arguments, dict(DECIDED=launch.decides, **keywords))
     return run

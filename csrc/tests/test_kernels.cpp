@@ -11,7 +11,7 @@
 #include "cpu.h"
 #include "multi_tensor.h"
 
-void update_baseline(const Bucket&, const Row&, int64_t begin, int64_t end);  // cpu_kernel.cpp
+void update_baseline(const Bucket&, const Row&, const double* coefficients, int64_t begin, int64_t end);  // cpu_kernel.cpp
 
 namespace {
 
@@ -178,10 +178,19 @@ struct Job {
   int algorithm;
   DType param, grad;
   std::vector<std::vector<Tensor>> tensors;  // each parameter's: param, grad, four slots
+  std::vector<float> steps;                  // and its step count
 };
 
-constexpr double kRows[2][kCoefficients] = {{0.5, 0.1, 0.01, 0.999, 0.07, 30, 0.2, 0.21},
-                                            {-1, -0.2, -0.0, 0.99, 0.01, 3, 0.1, 0.11}};
+// Two groups. Powers of these decays are exact.
+constexpr double kGroups[2][kNumbers] = {{0.5, 0.1, 0.01, 0.999, 0.07, 30, 0.2, 0.21, 0, 0, 0, 0, 0.5, 0, 0.25, 0},
+                                         {-1, -0.2, -0.0, 0.99, 0.01, 3, 0.1, 0.11, 0, 0, 0, 0, 0, 0, 0, 0}};
+
+std::vector<double> corrected(size_t k, float step) {
+  const double* numbers = kGroups[k % 2];
+  std::vector<double> c(numbers, numbers + kCoefficients);
+  for (int i = 0; i < kCoefficients; ++i) c[i] /= 1 - std::pow(numbers[kCoefficients + i], step + 1);
+  return c;
+}
 
 // `shift(k, s)`: by how many elements stream s of tensor k is off its alignment
 template <class F>
@@ -189,7 +198,7 @@ Job make_job(int algorithm, DType param, DType grad, const std::vector<int64_t>&
   const double odd[] = {0.0, -0.0, kInf, -kInf, std::nan(""), 1e30, 1e-40, 7e-6};
   std::mt19937 random(1);
   std::normal_distribution<double> normal;
-  Job job{algorithm, param, grad, {}};
+  Job job{algorithm, param, grad, {}, {}};
   for (size_t k = 0; k < sizes.size(); ++k) {
     std::vector<Tensor> streams;
     for (int s = 0; s < 6; ++s)
@@ -201,6 +210,7 @@ Job make_job(int algorithm, DType param, DType grad, const std::vector<int64_t>&
       if (i % 97 == 5) streams[1].set(i, odd[i / 97 % 8]);
     }
     job.tensors.push_back(streams);
+    job.steps.push_back(float(k % 3));
   }
   return job;
 }
@@ -214,7 +224,8 @@ int slots_of(const Job& job, bool full) {
 std::vector<Row> rows_of(const Job& job, bool full) {
   std::vector<Row> rows;
   for (const auto& streams : job.tensors) {
-    Row row{streams[0].address(), streams[1].address(), {}, streams[0].numel, int64_t(rows.size() % 2), 0};
+    Row row{streams[0].address(), streams[1].address(), {}, streams[0].numel, int64_t(rows.size() % 2),
+            reinterpret_cast<int64_t>(&job.steps[rows.size()])};
     for (int s = 0; s < slots_of(job, full); ++s) row.slot[s] = streams[2 + s].address();
     rows.push_back(row);
   }
@@ -222,14 +233,14 @@ std::vector<Row> rows_of(const Job& job, bool full) {
 }
 
 Bucket bucket_of(const Job& job, bool full, const std::vector<Row>& rows) {
-  return {job.algorithm, full, job.param, job.grad, rows.data(), int64_t(rows.size()), kRows[0]};
+  return {job.algorithm, full, job.param, job.grad, rows.data(), int64_t(rows.size()), kGroups[0]};
 }
 
 template <class Rule, class T>
 void update_each(Job& job) {
   for (size_t k = 0; k < job.tensors.size(); ++k) {
     auto& streams = job.tensors[k];
-    const auto c = coefficients<Rule, T>(kRows[k % 2]);
+    const auto c = coefficients<Rule, T>(corrected(k, job.steps[k]++).data());
     for (int64_t i = 0; i < streams[0].numel; ++i) {
       T x[6];
       for (int s = 0; s < 6; ++s) x[s] = T(streams[s].get(i));
@@ -247,8 +258,10 @@ Job updated(Job job) {
   return job;
 }
 
-// Compares the values of what a full or lean step has, and the guards around them. Of a NaN, not which one.
+// Compares the values of what a full or lean step has, and the guards around them, and step counts. Of a NaN, not which one.
 void check_equal(const Job& got, const Job& expected, bool full, const std::string& how) {
+  context = how + ", step counts";
+  for (size_t k = 0; k < got.steps.size(); ++k) CHECK(got.steps[k], expected.steps[k]);
   for (size_t k = 0; k < got.tensors.size(); ++k)
     for (int s = 0; s < 2 + slots_of(got, full); ++s) {
       const Tensor &a = got.tensors[k][s], &b = expected.tensors[k][s];
@@ -282,12 +295,8 @@ void cpu() {
     for (const std::string& isa : cpu_isas())
       for (int threads : {1, 2}) {
         Job got = job;
-        std::vector<Row> rows = rows_of(got, full);
-        std::vector<float> steps(rows.size(), 4);
-        for (size_t r = 1; r < rows.size(); ++r) rows[r].step = reinterpret_cast<int64_t>(&steps[r]);
-        run_cpu({bucket_of(got, full, rows)}, threads, isa);
+        run_cpu({bucket_of(got, full, rows_of(got, full))}, threads, isa);
         check_equal(got, expected, full, isa + ", threads " + std::to_string(threads));
-        for (size_t r = 0; r < rows.size(); ++r) CHECK(steps[r], r ? 5 : 4);  // the first row has no step count
       }
   });
 }
@@ -306,16 +315,28 @@ void long_ranges() {
       }
 }
 
-// Every thread of every block, last to first: none may depend on another.
-void run_chunks(const Job& job, bool full, const std::vector<Row>& rows, const std::vector<int64_t>& chunks) {
+// Every thread of every block, last to first: none may depend on another. `together`: all blocks have begun before the first
+// counts, else each ends before the next begins.
+void run_chunks(const Job& job, bool full, const std::vector<Row>& rows, const std::vector<int64_t>& chunks, bool together = false,
+                const Decision* decision = nullptr) {
+  std::vector<unsigned long long> tickets(rows.size());
+  const Table table{rows.data(), chunks.data(), tickets.data(), kGroups[0], decision};
+  const int64_t blocks = int64_t(chunks.size());
   const auto run = [&](auto rule, auto param, auto grad, auto is_full) {
+    using Rule = typename decltype(rule)::type;
     using P = typename decltype(param)::type;
     using G = typename decltype(grad)::type;
-    for (int64_t block = int64_t(chunks.size()) - 1; block >= 0; --block)
+    std::vector<std::vector<double>> c(blocks, std::vector<double>(kCoefficients));
+    const auto begin = [&](int64_t block) { for (int i = 0; i < kCoefficients; ++i) c[block][i] = coefficient(table, block, i); };
+    for (int64_t block = 0; together && block < blocks; ++block) begin(block);
+    for (int64_t block = blocks - 1; block >= 0; --block) {
+      if (!together) begin(block);
+      count_step(table, block);
       for (int thread = kThreads - 1; thread >= 0; --thread)
-        update_chunk<typename decltype(rule)::type, P, G, decltype(is_full)::value>(
-            rows.data(), chunks.data(), kRows[0], job.grad, block, thread, kThreads);
+        update_chunk<Rule, P, G, decltype(is_full)::value>(table, coefficients<Rule, typename Compute<P>::type>(c[block].data()), job.grad, block, thread, kThreads);
+    }
   };
+  if (table.skipped()) return;
   with_rule(job.algorithm, [&](auto rule) {
     with_dtype(job.param, [&](auto param) {
       const auto with_grad = [&](auto grad) {
@@ -329,7 +350,7 @@ void run_chunks(const Job& job, bool full, const std::vector<Row>& rows, const s
 std::vector<int64_t> chunk_map(const std::vector<Row>& rows) {
   std::vector<int64_t> chunks;
   for (size_t r = 0; r < rows.size(); ++r)
-    for (int64_t chunk = 0; chunk * kChunk < rows[r].numel; ++chunk) chunks.push_back(int64_t(r) << 32 | chunk);
+    for (int64_t chunk = 0; chunk == 0 || chunk * kChunk < rows[r].numel; ++chunk) chunks.push_back(int64_t(r) << 32 | chunk);
   return chunks;
 }
 
@@ -339,11 +360,48 @@ void chunks() {
   for (int64_t n : {int64_t(0), int64_t(1), int64_t(7), kChunk - 1, kChunk, kChunk + 1, 2 * kChunk + 5}) sizes.push_back(n);
   const auto shift = [](size_t k, int s) { return int(k) == s ? 1 : 0; };
   for_each_job(sizes, shift, [&](const Job& job, const Job& expected, bool full) {
+    for (bool together : {false, true}) {
+      Job got = job;
+      const std::vector<Row> rows = rows_of(got, full);
+      run_chunks(got, full, rows, chunk_map(rows), together);
+      check_equal(got, expected, full, "update_chunk");
+    }
     Job got = job;
     const std::vector<Row> rows = rows_of(got, full);
-    run_chunks(got, full, rows, chunk_map(rows));
-    check_equal(got, expected, full, "update_chunk");
+    const Decision skip{1, 0, 1};
+    run_chunks(got, full, rows, chunk_map(rows), false, &skip);
+    check_equal(got, job, full, "a skipped step");
   });
+}
+
+// --- Numbers of a step: against long double ---
+
+void numbers() {
+  for (double decay : {0.9, 0.999, 1 - 1e-9})
+    for (int64_t t : {1, 2, 3, 10, 1000, 16777217}) {
+      context = "decay " + std::to_string(decay) + ", step " + std::to_string(t);
+      const double exact = double(std::pow((long double)decay, t));
+      CHECK(double(std::fabs(power(decay, t) - exact) <= exact * std::ldexp(double(t), -52)), 1);  // half an ulp a multiplication
+      const double row[kNumbers] = {3, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, decay, 0, 0, 0};
+      CHECK(coefficient(row, 0, float(t - 1), 0.5), 1.5), CHECK(coefficient(row, 1, float(t - 1), 0.5), 0);
+      if (t < 16777217) CHECK(coefficient(row, 4, float(t - 1), 0.5), 5 / (1 - power(decay, t)));
+    }
+  CHECK(power(0.0, 0), 1);
+}
+
+void decisions() {
+  context = "";
+  const Decision within = decide(16, 8, false, 1, true), clipped = decide(16, 2, false, 0.5, true);
+  CHECK(within.factor, 0.125), CHECK(within.norm, 0.5), CHECK(within.skip, 0);
+  CHECK_NEAR(clipped.factor, 0.5 / (2 + 1e-6) / 2), CHECK(clipped.norm, 2);
+  for (double max_norm : {1.0, kInf})
+    for (double bad : {kInf, std::nan("")}) {
+      CHECK(decide(bad, 2, false, max_norm, true).skip, 1), CHECK(decide(bad, 2, false, max_norm, false).skip, 0);
+      CHECK(decide(bad, 2, false, max_norm, true).norm, bad);
+    }
+  CHECK(decide(kInf, 2, false, 1, false).factor, 0), CHECK(decide(std::nan(""), 2, false, 1, false).factor, std::nan(""));
+  CHECK(decide(kInf, 2, false, kInf, false).factor, 0.5), CHECK(decide(std::nan(""), 2, false, kInf, false).factor, 0.5);
+  CHECK(decide(0, 1, true, kInf, false).skip, 1), CHECK(decide(0, 1, false, 1, false).factor, 1);
 }
 
 // --- Sums of squares: against long double, the same bits for every instruction set and number of threads ---
@@ -354,7 +412,7 @@ double by_threads(const Job& job, const std::vector<Row>& rows) {
   with_dtype(job.grad, [&](auto grad) {
     for (size_t block = 0; block < blocks.size(); ++block)
       for (int thread = 0; thread < kThreads; ++thread)
-        sum += sum_of_squares<typename decltype(grad)::type>(rows.data(), blocks.data(), int64_t(block), thread, kThreads);
+        sum += sum_of_squares<typename decltype(grad)::type>(Table{rows.data(), blocks.data(), nullptr, nullptr, nullptr}, int64_t(block), thread, kThreads);
   });
   return sum;
 }
@@ -406,15 +464,16 @@ void large() {
       const std::vector<Tensor>& streams = got.tensors[0];
       row.numel += before, row.param -= before * streams[0].size, row.grad -= before * streams[1].size;
       for (int s = 0; s < slots_of(got, full); ++s) row.slot[s] -= before * streams[2].size;
-      if (cpu) update_baseline(bucket_of(got, full, rows), row, before, row.numel);
+      if (cpu) update_baseline(bucket_of(got, full, rows), row, corrected(0, 0).data(), before, row.numel);
       else run_chunks(got, full, rows, chunks);
+      got.steps[0] = 1;  // nobody counts for a range; of the chunks one is not the last
       check_equal(got, expected, full, cpu ? "update_baseline beyond 2^33" : "update_chunk beyond 2^33");
     }
   });
 }
 
 struct Case { const char* name; void (*run)(); };
-constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"squares", squares}, {"large", large}};
+constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"numbers", numbers}, {"decisions", decisions}, {"squares", squares}, {"large", large}};
 
 }  // namespace
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adabayes_fused import AdaBayes, AdaBayesFP, collect, diagnostics, gather, posterior, slabs
+from adabayes_fused import AdaBayes, AdaBayesFP, diagnostics, posterior, prepare, slabs, stepper
 
 OPTIMIZERS = {
     "AdaBayes": (AdaBayes, dict(batch_size=12)),
@@ -128,7 +128,7 @@ class Dispatches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen = []
-        self.untold = [mock.patch.object(module, "watched", return_value=False) for module in (collect, gather, slabs)]
+        self.untold = [mock.patch.object(module, "watched", return_value=False) for module in (stepper, prepare, slabs)]
 
     def __enter__(self):
         for patch in self.untold:

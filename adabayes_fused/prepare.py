@@ -7,7 +7,6 @@ checkpoint loader has put in place with another dtype, device or layout.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .algorithms import Algorithm
-from .plain import has_plain_keys, is_plain, watched
+from .plain import has_plain_keys, is_plain, ordinary_mode, watched
 from .sharding import is_sharded, like, local, placed_like
 from .slabs import Slabs
+from .table import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as in csrc/table.h
 _OWN_TYPES = (torch.nn.Parameter, Tensor)
 
 
@@ -90,15 +89,10 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _ordinary_mode() -> AbstractContextManager[Any]:
-    """For memory that may be used in every mode, whatever mode it is made in."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
 def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
     """A state tensor for the part of ``p`` that is here, on its device; laid out as that is where it has no gaps."""
     part, slot = local(p).detach(), None
-    with _ordinary_mode():
+    with ordinary_mode():
         if is_traceable_wrapper_subclass(part):
             return torch.empty(part.shape, dtype=state_dtype(part), device=part.device)
         # In one storage, the state of DTensors would break torch.distributed.checkpoint.async_save.
@@ -118,17 +112,23 @@ def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
 
 def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
     """A step count of its own: a 0-dim float32 tensor."""
-    with _ordinary_mode():
+    with ordinary_mode():
         step = slabs.empty((), (), torch.float32, device)
         if step is None:
             step = torch.empty((), dtype=torch.float32, device=device)
     return step.copy_(step_tensor(value, device))
 
 
-def new_state(algorithm: Algorithm, lean: bool, p: Tensor, step_device: torch.device, slabs: Slabs) -> dict[str, Tensor]:
+def step_device(p: Tensor) -> torch.device:
+    """Where the step count of ``p`` lies: where the part of it does that is here, so that what updates it reads the count."""
+    device = local(p).device
+    return device if device.type != "meta" else torch.device("cpu")  # which holds no number
+
+
+def new_state(algorithm: Algorithm, lean: bool, p: Tensor, slabs: Slabs) -> dict[str, Tensor]:
     """State before the first step."""
     slots = zip(algorithm.stored(lean), algorithm.initial, strict=False)
-    return {"step": new_step(0, step_device, slabs), **{name: new_slot(p, value, slabs) for name, value in slots}}
+    return {"step": new_step(0, step_device(p), slabs), **{name: new_slot(p, value, slabs) for name, value in slots}}
 
 
 def as_real(t: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
     return known.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu").reshape(())
 
 
-def ready(item: Item, names: tuple[str, ...], step_device: torch.device) -> list[Tensor] | None:
+def ready(item: Item, names: tuple[str, ...]) -> list[Tensor] | None:
     """(param, grad, *slots) of the common case, in which they are as a kernel takes them: plain, contiguous, alike in shape, each
     in its dtype. None in any other, which ``check_item`` and ``prepare`` sort out."""
     p, grad, state = item.param, item.grad, item.state
@@ -182,12 +182,12 @@ def ready(item: Item, names: tuple[str, ...], step_device: torch.device) -> list
         return None
     if grad.dtype not in DTYPES or not all(t.dtype == dtype for t in tensors[2:]):
         return None
-    if type(step) is not Tensor or step_tensor(step, step_device) is not step or not all(map(has_plain_keys, [*tensors, step])):
+    if type(step) is not Tensor or step_tensor(step, device) is not step or not all(map(has_plain_keys, [*tensors, step])):
         return None
     return tensors
 
 
-def prepare(item: Item, names: tuple[str, ...], step_device: torch.device, backend: str) -> Prepared:
+def prepare(item: Item, names: tuple[str, ...], backend: str) -> Prepared:
     """An item as plain tensors; state of another dtype, device or layout is replaced by its equal in ours. The gradient is
     never written. ``backend`` updates it, unless its tensors are none that a kernel may be given the address of."""
     state = item.state
@@ -201,7 +201,7 @@ def prepare(item: Item, names: tuple[str, ...], step_device: torch.device, backe
     if not _dense(param):
         copied = param, torch.empty_like(param).copy_(param)
         param = copied[1]
-    state["step"] = step_tensor(state["step"], step_device)
+    state["step"] = step_tensor(state["step"], step_device(item.param))
     for name in names:
         placed = placed_like(item.param, state[name])
         slot = laid_out_like(param, local(placed), state_dtype(param))
