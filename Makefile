@@ -23,11 +23,11 @@ bench_extras := bench
 lint_extras := dev
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test sanitize bench paper lint clean
+.PHONY: help demo lm test test-gpu-host run-gpu-host sanitize bench paper lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp  ## Train on digits with five optimizers; a table, demo/digits.png, demo/digits.json
 	$(RUN) examples/digits.py $(ARGS)
@@ -37,6 +37,38 @@ lm: $(VENV)/lm.stamp  ## Train a small transformer on TEXT in two processes; che
 
 test: $(VENV)/test.stamp  ## Every test
 	$(RUN) -m pytest $(ARGS)
+
+# The extension is built apart, against the CUDA runtime that the stand-in takes the place of, so that the one in adabayes_fused/
+# stays as it is. Left out: tensors of 2^31 elements, which no host has the memory for, and what the stand-in does not compute:
+# Triton's kernels, and the compiler's.
+GPU_HOST_VENV ?= .venv-gpu-host
+GPU_TORCH ?= torch==2.14.1
+GPU_HOST := build/gpu-host
+GPU_PYTHON = $(abspath $(GPU_HOST_VENV))/bin/python
+GPU_HOST_TESTS ?= tests/test_gpu.py tests/test_gpu_host.py tests/test_capture.py -k "not more_elements and not triton and not compiled"
+
+test-gpu-host:  ## The GPU's tests on a CUDA runtime without a GPU (tests/fakecuda); needs nvcc and 7 GB for torch's CUDA build
+	@if ! command -v nvcc >/dev/null; then echo "make test-gpu-host: skipped: nvcc was not found on the PATH"; \
+	else $(MAKE) --no-print-directory run-gpu-host; fi
+
+run-gpu-host: $(GPU_HOST_VENV)/gpu-host.stamp
+	@$(GPU_PYTHON) -c 'import torch; assert torch.version.cuda' 2>/dev/null || { echo "$(GPU_HOST_VENV) has no CUDA build of torch" >&2; exit 1; }
+	$(MAKE) -C tests/fakecuda VENV=$(abspath $(GPU_HOST_VENV)) all kernels
+	rm -rf $(GPU_HOST)/package
+	mkdir -p $(GPU_HOST)/package
+	cp -r adabayes_fused tests bench pyproject.toml $(GPU_HOST)/package
+	rm -rf $(GPU_HOST)/package/adabayes_fused/_native* $(GPU_HOST)/package/adabayes_fused/triton_kernels
+	cp -r triton_kernels $(GPU_HOST)/package/adabayes_fused
+	PATH="$(abspath $(GPU_HOST_VENV))/bin:$$PATH" CUDAARCHS=90-real cmake -S . -B $(GPU_HOST) -G Ninja -DADABAYES_CUDART=Shared \
+	  -DADABAYES_TESTS=OFF -DADABAYES_OUTPUT=$(abspath $(GPU_HOST))/package/adabayes_fused -DPython_EXECUTABLE=$(GPU_PYTHON)
+	$(abspath $(GPU_HOST_VENV))/bin/cmake --build $(GPU_HOST) --target _native
+	cd $(GPU_HOST)/package && $(abspath tests/fakecuda/fakecuda) $(GPU_PYTHON) -m pytest -p pytest_fakecuda $(GPU_HOST_TESTS) $(ARGS)
+
+$(GPU_HOST_VENV)/gpu-host.stamp:
+	[ -x $(GPU_PYTHON) ] || $(PYTHON) -m venv $(GPU_HOST_VENV)
+	$(GPU_PYTHON) -c 'import torch' 2>/dev/null || $(GPU_PYTHON) -m pip install $(PIP_FLAGS) "$(GPU_TORCH)"
+	$(GPU_PYTHON) -m pip install $(PIP_FLAGS) cmake ninja numpy psutil pybind11 pytest rich
+	touch $@
 
 sanitize: $(VENV)/test.stamp  ## C++ tests, a random walk and state tests under Address- and UndefinedBehaviorSanitizer
 	@echo 'int main() {}' | $(CXX) -fsanitize=address,undefined -x c++ - -o /dev/null || \
@@ -65,7 +97,7 @@ lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
 	if grep -q '^\[tool.mypy' pyproject.toml; then $(RUN) -m mypy; fi
 
 clean:  ## Remove what was made here
-	rm -rf .venv build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-gpu-host build tests/fakecuda/build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Without pip of its own, the environment uses $(PYTHON)'s: an old setuptools, which venv may bring, would hide $(PYTHON)'s.

@@ -1,0 +1,245 @@
+"""What a step has a GPU do, and never asks of it: launches, copies and waits in each case of real training, on a GPU or on the
+stand-in for one (tests/fakecuda); and that the kernels give the CPU's weights there."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HAS_GPU
+from runs import FUSED
+
+from adabayes_fused import backends
+
+pytestmark = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU, or 'make test-gpu-host'")
+
+try:
+    from fakecuda import record
+except ImportError:  # a real one
+    record = None
+
+OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
+# By case: policy, and how many launches a step of one bucket takes.
+CASES = {
+    "plain": ({}, 1),
+    "capturable": (dict(capturable=True), 1),
+    "scaler": ({}, 2),
+    "clip": (dict(max_grad_norm=1.0), 3),
+    "skip": (dict(skip_nonfinite=True), 3),
+    "scaler, clip and skip": (dict(max_grad_norm=1.0, skip_nonfinite=True), 3),
+    "lr tensor": ({}, 3 + 12),
+}
+
+
+def lists():
+    pytest.importorskip("psutil")
+    from bench.shapes import densenet121, gpt2
+
+    small = [tuple(min(size, 40) for size in shape) for shape in gpt2()]
+    return {"1000x16": [(16,)] * 1000, "densenet121": densenet121(), "gpt2": small, "one": [(3_000_000,)]}
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    if (reason := backends.BACKENDS[request.param].unavailable(torch.device("cuda"))) is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+def make(name, shapes, case, backend, device="cuda"):
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(device)
+    optimizer = FUSED[name](params, lr=1e-2, backend=backend, **OPTIONS[name], **CASES[case][0])
+    if "scaler" in case:  # as torch.amp.GradScaler does
+        optimizer.grad_scale, optimizer.found_inf = torch.full((), 4.0, device=device), torch.zeros((), device=device)
+    if "lr" in case:
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, dtype=torch.float64, device=device)
+    return optimizer, params
+
+
+@contextlib.contextmanager
+def seen():
+    """Launches, copies to the device and waits of the block, once it is over: a list of three numbers."""
+    found = []
+    if record is not None:
+        with record() as log:
+            yield found
+        found += [len(log.launches) + len(log.memsets), sum(log.copies.values()), sum(log.waits.values())]
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    events = [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    copies = sum(e.name.startswith("Memcpy") for e in events)
+    found += [len(events) - copies, copies, 0]
+
+
+@pytest.mark.parametrize("of", ["1000x16", "densenet121", "gpt2", "one"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_step_is_few_launches_and_no_copy_or_wait(name, case, of, backend):
+    optimizer, params = make(name, lists()[of], case, backend)
+    for _ in range(2):
+        optimizer.step()
+        for p in params:
+            p.grad.mul_(1.5)  # in place: where it lies is what the table holds
+    with seen() as found:
+        optimizer.step()
+    launches, copies, waits = found
+    assert launches <= CASES[case][1]
+    assert (copies, waits) == (0, 0)
+
+
+@pytest.mark.parametrize("case", ["plain", "clip"])
+@pytest.mark.parametrize("name", FUSED)
+def test_what_changes_is_copied_once(name, case, backend):
+    """A learning rate alone: the groups' numbers. A gradient elsewhere: the table. Then nothing again."""
+    optimizer, params = make(name, [(16,)] * 5, case, backend)
+    optimizer.step()
+
+    def copies():
+        with seen() as found:
+            optimizer.step()
+        assert found[2] == 0
+        return found[1]
+
+    assert copies() == 0
+    optimizer.param_groups[0]["lr"] = 1e-3
+    assert [copies(), copies()] == [1, 0]
+    params[0].grad = params[0].grad.clone()
+    assert [copies(), copies()] == [1, 0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FUSED)
+def test_nothing_waits_by_torchs_own_watch(name, case, backend):
+    optimizer, _ = make(name, [(300, 70), (5,), (), (0, 3)], case, backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_kernels_give_the_cpus_weights(name, case, backend):
+    """By turns beyond a norm of 1 and below, one step overflowing: every bit, but where a norm is summed in another order."""
+    shapes = [(300, 70), (5,), (), (0, 3), (1100,), (40_000,)]
+    (optimizer, params), (judge, others) = make(name, shapes, case, backend), make(name, shapes, case, "auto", "cpu")
+    for t in range(7):
+        generator = torch.Generator().manual_seed(100 + t)
+        for p, q in zip(params, others, strict=True):
+            q.grad = torch.randn(p.shape, generator=generator) * (10.0 if t % 2 else 1e-3)
+            p.grad.copy_(q.grad)
+        if "skip" in case and t == 3:
+            for p in (params[4], others[4]):
+                p.grad[-1] = float("inf")
+        if "scaler" in case:
+            for one in (optimizer, judge):
+                one.found_inf.fill_(t == 5)
+        optimizer.step()
+        judge.step()
+    exact = {} if "clip" in case else dict(rtol=0, atol=0)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p.cpu(), q, **exact)
+        for key, value in judge.state[q].items():
+            torch.testing.assert_close(optimizer.state[p][key].cpu(), value, **exact)
+    assert int(optimizer.skipped_steps) == int(judge.skipped_steps) == ("skip" in case) + ("scaler" in case)
+    if "clip" in case:
+        torch.testing.assert_close(optimizer.grad_norm.cpu(), judge.grad_norm)
+
+
+@pytest.mark.parametrize("case", ["plain", "clip", "lr tensor"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_graph_keeps_what_it_reads(name, case, backend):
+    """Also when later steps have had the optimizer forget it, and others would get the memory."""
+    (captured, params), (eager, others) = (make(name, [(40_000,), (5,)], case, backend) for _ in range(2))
+    for optimizer in (captured, eager):
+        optimizer.param_groups[0]["capturable"] = True
+    first = [[p.grad for p in some] for some in (params, others)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for optimizer in (captured, eager):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(2):
+        for some, optimizer in ((params, captured), (others, eager)):
+            for p in some:
+                p.grad = p.grad * 0.5
+            optimizer.step()
+    sizes = [n for n in (1, 3, 16, 24, 64, 100, 1000) for _ in range(20)]
+    with torch.cuda.stream(stream):  # whose memory is used again by those on it
+        garbage = [torch.full((n,), -1, dtype=torch.int64, device="cuda") for n in sizes]
+    torch.cuda.synchronize()
+    for some, grads in zip((params, others), first, strict=True):
+        for p, grad in zip(some, grads, strict=True):
+            p.grad = grad
+    for _ in range(2):
+        graph.replay()
+        eager.step()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p.cpu(), q.cpu())
+        assert all(torch.equal(captured.state[p][key].cpu(), value.cpu()) for key, value in eager.state[q].items())
+    assert all((t.cpu() == -1).all() for t in garbage)
+
+
+LOADS = """
+import warnings, torch
+from adabayes_fused import AdaBayes, backends
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    p = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    optimizer = AdaBayes([p], batch_size=8)
+    for _ in range(2):
+        p.grad = torch.ones(4, device="cuda")
+        optimizer.step()
+    found = [str(w.message) for w in found if "adabayes" in str(w.filename) or "updated by" in str(w.message)]
+print(backends.choose("auto", p.device), len(found), *found, sep="\n")
+"""
+
+
+@pytest.mark.skipif(record is None, reason="a real GPU loads them")
+@pytest.mark.parametrize(
+    ("unloadable", "chosen", "named"),
+    [("", "cuda", []), ("6updateI", "triton", ["cuda"]), ("6updateI,decide", "foreach", ["cuda", "triton"])],
+)
+def test_auto_goes_on_to_what_loads(unloadable, chosen, named):
+    """With one warning, before anything has changed; and a backend that was asked for says why it cannot run."""
+    pytest.importorskip("triton")
+    environment = os.environ | dict(FAKECUDA_UNLOADABLE=unloadable)
+    done = subprocess.run([sys.executable, "-c", LOADS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    backend, count, *messages = done.stdout.splitlines()
+    assert (backend, int(count)) == (chosen, bool(named))
+    assert all(f"{name}: its kernels cannot be loaded there" in messages[0] for name in named)
+    for name in named:
+        code = f"import torch; from adabayes_fused import backends; backends.choose({name!r}, torch.device('cuda', 0))"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert f"backend='{name}' cannot run on cuda:0: its kernels cannot be loaded there" in done.stderr
+
+
+@pytest.mark.skipif(record is None, reason="needs the record of every call")
+def test_steps_on_the_cpu_leave_the_gpu_alone():
+    """Whoever trains on the CPU of a machine with a GPU takes no memory there, as kernels do."""
+    code = "import torch, fakecuda\nfrom adabayes_fused import AdaBayes\np = torch.nn.Parameter(torch.ones(4))\n"
+    code += "p.grad = torch.ones(4)\nwith fakecuda.record() as log: AdaBayes([p], batch_size=8).step()\n"
+    code += "print({'cudaFuncGetAttributes', 'cudaMalloc', 'cuModuleLoadData'} & log.names.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["set()"], done.stdout + done.stderr
