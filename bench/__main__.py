@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import floor, kernels, machine, memory, report, scaling, shapes, step, timing
+from . import floor, host, kernels, machine, memory, report, scaling, shapes, step, timing
 from .contenders import contenders
 
-PARTS = ("step", "memory", "kernels", "scaling")
+PARTS = ("step", "memory", "kernels", "scaling")  # and "host", where there is a GPU or the stand-in for one
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition(": ")[2].partition("\n")[0])
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"what is measured, of {', '.join(PARTS)}; all, if none is given"
+        "parts", nargs="*", metavar="PART", help=f"what is measured, of {', '.join(PARTS)}, all if none is given; or host"
     )
     parser.add_argument("--quick", action="store_true", help="small cases, two minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         metavar="CASE",
-        help=f"{', '.join(shapes.NETWORKS)}, or 24x1M and the like; :bfloat16 and :clipped may follow",
+        help=f"{', '.join(shapes.NETWORKS)}, or 24x1M and the like; :bfloat16, :clipped and :scaled may follow",
     )
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these alone, beside torch's fused AdamW")
     parser.add_argument("--rounds", type=int, default=100, help="at most so many turns of each contender")
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     known = contenders(options.device)
-    for given, allowed in ((options.parts, PARTS), (options.contenders or (), known)):
+    for given, allowed in ((options.parts, (*PARTS, "host")), (options.contenders or (), known)):
         for name in given:
             if name not in allowed:
                 parser.error(f"there is no {name!r} (allowed: {', '.join(allowed)})")
@@ -78,6 +78,9 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple]:
         for target in ["sm_90"] if options.quick else kernels.TARGETS:
             for compiler in ("cuda", "triton") if target.startswith("sm") else ("triton",):
                 yield "kernels", f"{compiler} {target}", kernels.measure, (compiler, target, options)
+    if "host" in parts:
+        for case in options.cases or host.LISTS:
+            yield "host", case, host.measure, (case, options)
     if "scaling" in parts:
         small = argparse.Namespace(**vars(options) | dict(contenders=scaling.CONTENDERS, budget=options.budget / 3))
         for case in options.cases or scaling.points(options.quick):

@@ -24,12 +24,12 @@ class Case:
     """A list of shapes with its contenders, and a row for each: what was measured, or in ``note`` why nothing was."""
 
     def __init__(self, what: str, name: str, options: Namespace) -> None:
-        title, self.shapes, self.dtype, self.clipped = case_of(name)
+        title, self.shapes, self.dtype, self.loop = case_of(name)
         self.device, self.options = options.device, options
         self.parameters = count(self.shapes)
         self.shared = self.parameters > SHARED_ABOVE
         self.start: list = []  # made once
-        everyone = contenders(self.device, self.clipped)
+        everyone = contenders(self.device, self.loop)
         self.all = everyone
         self.contenders = {n: c for n, c in everyone.items() if chosen(c, options.contenders)}
         about = dict(what=what, case=name, title=title, device=self.device, dtype=str(self.dtype).removeprefix("torch."))

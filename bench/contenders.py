@@ -13,6 +13,8 @@ import torch
 
 from adabayes_fused import AdaBayes, AdaBayesFP, backends, reference
 
+from .shapes import PLAIN, Loop
+
 ANCHOR = "torch AdamW fused"  # what the others are compared with
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 1.0
@@ -32,28 +34,40 @@ class Contender(NamedTuple):
     detail: bool = False  # tables only, not pictures
 
 
-def contenders(device: str, clipped: bool = False) -> dict[str, Contender]:
-    """All of them, by name; the first in each family is the one to look at. ``clipped``: each clips the gradients' norm
-    before it steps, ours within the step, the others by torch's function."""
+def contenders(device: str, loop: Loop = PLAIN) -> dict[str, Contender]:
+    """All of them, by name; the first in each family is the one to look at. Where the loop clips, ours do so within the step,
+    the others by torch's function."""
     others = (*torch_adamw(), *slow_paths(), *peers())
-    if clipped:
-        others = tuple(c._replace(make=after_clipping(c.make)) for c in others)
-    return {c.name: c for c in (*ours(device, clipped), *others)}
+    if any(loop):
+        others = tuple(c._replace(make=within(loop, device, c.make)) for c in others)
+    own = ours(device, loop.clipped)
+    if loop.scaled:
+        own = [c._replace(make=within(loop._replace(clipped=False), device, c.make)) for c in own]
+    return {c.name: c for c in (*own, *others)}
 
 
-def after_clipping(make: Callable[[list], Any]) -> Callable[[list], Any]:
-    def make_clipping(params):
+def within(loop: Loop, device: str, make: Callable[[list], Any]) -> Callable[[list], Any]:
+    """``step`` of what it makes does what the loop does besides. The scale is 1, since gradients stay what they are."""
+
+    def make_within(params):
         optimizer = make(params)
         update = optimizer.step
+        scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=1 << 30, enabled=loop.scaled)
+        scaler.scale(torch.zeros((), device=device))  # as in loss.backward(): the scale comes to be
 
         def step():
-            torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
-            update()
+            optimizer.step = update  # which the scaler calls
+            if loop.clipped:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.step = step
 
         optimizer.step = step
         return optimizer
 
-    return make_clipping
+    return make_within
 
 
 def ours(device: str, clipped: bool) -> list[Contender]:

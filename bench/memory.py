@@ -100,7 +100,7 @@ def measure(name: str, options: Namespace, tell: Tell) -> list[Row]:
         optimizer = contender.make(params)
         for _ in range(3):  # state, and what is compiled for later steps
             optimizer.step()
-        return figures(optimizer, params, case.device, case.clipped)
+        return figures(optimizer, params, case.device, case.loop.clipped)
 
     for n, found in case.each(of, tell, "memory of").items():
         case.rows[n] |= found

@@ -87,7 +87,27 @@ def kernel_table(title: str, rows: list[dict]) -> Group:
     return _with_notes(table, notes)
 
 
-TABLES = dict(step=step_table, scaling=step_table, memory=memory_table, kernels=kernel_table)
+HOST = {
+    "host\nus": ("host_s", lambda seconds: f"{1e6 * seconds:.0f}"),
+    "/ AdamW\nfused": ("relative", "{:.2f}".format),
+    "launches": ("launches", str),
+    "copies": ("copies", str),
+    "waits": ("waits", str),
+}
+
+
+def host_table(title: str, rows: list[dict]) -> Group:
+    table = Table("step", "optimizer", title=f"{title}: the host's time and what the GPU is given", title_justify="left")
+    for name in HOST:
+        table.add_column(name, justify="right")
+    for row in rows:
+        if "host_s" in row:
+            shown = ("" if row.get(key) is None else form(row[key]) for key, form in HOST.values())
+            table.add_row(row["kind"], row["contender"], *shown)
+    return _with_notes(table, rows)
+
+
+TABLES = dict(step=step_table, scaling=step_table, memory=memory_table, kernels=kernel_table, host=host_table)
 
 
 def _table(title: str, rows: list[dict], columns: dict) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ NETWORKS = {
     "llama1b": ("Llama, 1.2 B", llama_1b),
 }
 LISTS = ["24x1M", "1000x16", "10000x16"]
-CLIPPED = "clipped"
+CLIPPED, SCALED = "clipped", "scaled"
 QUICK = ["1x4M", "resnet34", "1000x16"]
 
 
@@ -69,12 +70,22 @@ def default_cases(device: str) -> list[str]:
     return ["1x256M", "1x256M:clipped", *NETWORKS, *LISTS, "1x256M:bfloat16", "gpt2:bfloat16", "llama1b:bfloat16"]
 
 
-def case_of(name: str) -> tuple[str, list[Shape], torch.dtype, bool]:
-    """Title, shapes and dtype of a case, and whether the gradients' norm is clipped before each step: a network's name, or
-    "24x1M" for 24 tensors of a million; ":bfloat16" and ":clipped" may follow."""
+class Loop(NamedTuple):
+    """What a training loop does besides: the gradients' norm is clipped before each step; a torch.amp.GradScaler takes it."""
+
+    clipped: bool = False
+    scaled: bool = False
+
+
+PLAIN = Loop()
+
+
+def case_of(name: str) -> tuple[str, list[Shape], torch.dtype, Loop]:
+    """Title, shapes and dtype of a case, and what the loop does: a network's name, or "24x1M" for 24 tensors of a million;
+    ":bfloat16", ":clipped" and ":scaled" may follow."""
     body, *words = name.split(":")
-    clipped = CLIPPED in words
-    dtype_name = "".join(word for word in words if word != CLIPPED)
+    loop = Loop(CLIPPED in words, SCALED in words)
+    dtype_name = "".join(word for word in words if word not in (CLIPPED, SCALED))
     dtype = getattr(torch, dtype_name or "float32", None)
     if body in NETWORKS:
         title, shapes = NETWORKS[body][0], NETWORKS[body][1]()
@@ -85,9 +96,10 @@ def case_of(name: str) -> tuple[str, list[Shape], torch.dtype, bool]:
         title = f"{tensors} of {short(shapes[0][0])}" if shapes else ""
     if not shapes or dtype not in (torch.float64, torch.float32, torch.bfloat16):
         raise ValueError(
-            f"no case {name!r} (allowed: {', '.join(NETWORKS)}, or 24x1M and the like; then :bfloat16, say, or :clipped)"
+            f"no case {name!r} (allowed: {', '.join(NETWORKS)}, or 24x1M and the like; then :bfloat16, say, :clipped or :scaled)"
         )
-    return title + (f", {dtype_name}" if dtype_name else "") + (", gradients clipped" if clipped else ""), shapes, dtype, clipped
+    title += f", {dtype_name}" * bool(dtype_name) + ", gradients clipped" * loop.clipped + ", under a GradScaler" * loop.scaled
+    return title, shapes, dtype, loop
 
 
 def short(n: int) -> str:

@@ -38,14 +38,15 @@ def timed(case: Case, tell: Tell) -> list[Row]:
         return turns
 
     turns = case.each(prepare, tell, "warming up")
-    traffics = {n: memory.traffic(*made[n], case.clipped) for n in turns}
+    traffics = {n: memory.traffic(*made[n], case.loop.clipped) for n in turns}
     floors, floor_note = find_floors(case, traffics)
     floor_turns = {f.name: Turns(f.step) for f in floors.values()}
     alternate(floor_turns | turns, case.options.rounds, case.options.budget, tell)
     for n, one in turns.items():
         case.rows[n] |= one.summary()
     relate(case, traffics, floors, floor_turns)
-    case.each(lambda c: case.rows[c.name].update(memory.figures(*made[c.name], case.device, case.clipped)), tell, "memory of")
+    clipped = case.loop.clipped
+    case.each(lambda c: case.rows[c.name].update(memory.figures(*made[c.name], case.device, clipped)), tell, "memory of")
     if case.device == "cuda":
         case.each(lambda c: case.rows[c.name].update(gpu_times(turns[c.name].step)), tell, "kernels of")
     return floor_rows(case, floors, floor_turns, floor_note)

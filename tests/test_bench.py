@@ -90,7 +90,7 @@ class Wrong(adabayes_fused.AdaBayes):
 def wrong(monkeypatch):
     known = contenders.contenders("cpu")
     broken = known["AdaBayes"]._replace(make=lambda params: Wrong(params, batch_size=128))
-    monkeypatch.setattr(case, "contenders", lambda device, clipped: known | {"AdaBayes": broken})
+    monkeypatch.setattr(case, "contenders", lambda device, loop: known | {"AdaBayes": broken})
 
 
 def test_a_wrong_kernel_is_not_timed(wrong):
@@ -112,7 +112,7 @@ def test_a_wrong_kernel_makes_the_exit_status_1(wrong, monkeypatch, tmp_path):
 def test_one_that_stands_still_is_not_timed(monkeypatch):
     known = contenders.contenders("cpu")
     still = known["ivon-opt IVON"]._replace(make=lambda params: torch.optim.SGD(params, lr=0.0))
-    monkeypatch.setattr(case, "contenders", lambda device, clipped: known | {still.name: still})
+    monkeypatch.setattr(case, "contenders", lambda device, loop: known | {still.name: still})
     assert "tensor 0 stood still" in rows_of(still.name)[still.name]["note"]
 
 
@@ -199,9 +199,9 @@ def test_a_small_run_from_end_to_end(tmp_path):
 def measured(case, **changed):
     """Rows of a run on a GPU in which every target holds by a little."""
     bounds = {"resnet34": (1 / 0.79, 15.1), "densenet121": (1 / 0.34, 50.5), "gpt2": (1 / 0.79, 3.1)}
-    adamw, slow = bounds.get(case, (1 / 0.96, 2.8))
+    adamw, slow = bounds.get(case, (1 / 0.96, 2.8) if ":" not in case else (1 / 0.69, 2.8))
     names = {"AdaBayes": "cuda", "AdaBayes lean": "cuda", "AdaBayes, triton": "triton", "AdaBayes lean, triton": "triton"}
-    row = dict(what="step", case=case, note="", median_s=1.0, percent_of_floor=95.5, launches=2.0, peak_extra_bytes=900_000)
+    row = dict(what="step", case=case, note="", median_s=1.0, percent_of_floor=95.5, launches=1.0, peak_extra_bytes=900_000)
     others = {contenders.ANCHOR: adamw, "slow path AdaBayes": slow, "slow path AdaBayes, compiled": 1.01}
     others |= {"torch-optimi AdamW": 1.1, "flashoptim AdamW": 1.1}
     rows = [row | dict(contender=n, backend=b) for n, b in names.items()]
@@ -214,20 +214,20 @@ def missed(rows):
 
 
 def test_the_verdict_names_what_is_missed():
-    good = [row for case in (verdict.LARGE, *verdict.NETWORKS) for row in measured(case)]
-    assert len(list(verdict.judged(good))) == 2 * (1 + 1 + 1 + 3 * 2 + 3 + 1 + 1 + 4 * 2 + 8 * 2 + 4 * 2)
+    good = [row for case in (verdict.LARGE, *verdict.NETWORKS, *verdict.REAL) for row in measured(case)]
+    assert len(list(verdict.judged(good))) == 2 * (4 + 3 * 2 + 6 + 3 + 1 + 1 + 4 * 2 + 8 * 2 + 4 * 2)
     assert missed(good) == set()
     for changed, what in (
-        (dict(percent_of_floor=94.9), "% of a device copy"),
-        (dict(launches=3.0), "kernels and copies a step"),
+        (dict(percent_of_floor=91.9), "% of a device copy"),
+        (dict(launches=2.0), "kernels and copies a step"),
         (dict(peak_extra_bytes=1_100_000), "extra MB at the peak"),
     ):
         rows = [row for row in good if row["case"] != verdict.LARGE] + measured(verdict.LARGE, **changed)
         assert missed(rows) == {(verdict.LARGE, "full, triton", what)}
     rows = [row for row in good if row["case"] != "densenet121"] + measured("densenet121", median_s=1.02)
     assert missed(rows) == {("densenet121", "full, triton", "/ slow path")}
-    rows = [row for row in good if row["case"] != "gpt2"]
-    assert {case for case, _, _ in missed(rows)} == {"gpt2"}
+    rows = [row for row in good if not row["case"].startswith("gpt2")]
+    assert {case.partition(":")[0] for case, _, _ in missed(rows)} == {"gpt2"}
     rows = [row for row in good if row["contender"] != "flashoptim AdamW"]
     assert {what for _, _, what in missed(rows)} == {"/ flashoptim AdamW"}
 
@@ -241,3 +241,24 @@ def test_variants_are_compared_with_what_ships():
     assert {name: str(value) for name, value in tune.BASE_TRITON.items()} == shipped
     assert all(options.keys() <= tune.BASE_CUDA.keys() for options in tune.CUDA)
     assert all(options.keys() <= tune.BASE_TRITON.keys() for options in tune.TRITON)
+
+
+# --- Loops and the host's time ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["", ":clipped", ":scaled", ":scaled:clipped"])
+def test_a_loop_clips_and_scales(words):
+    """By every contender: gradients that a norm of 1 is too small for move its weights less, and a scaler steps."""
+    title, of, _, loop = shapes.case_of("3x5" + words)
+    assert ("clipped" in title, "GradScaler" in title) == loop == ("clipped" in words, "scaled" in words)
+    for name in ("AdaBayes", "torch AdamW fused", "torch AdamW foreach"):
+        params = shapes.random_parameters(of, "cpu")
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad.fill_(100.0)
+        optimizer = contenders.contenders("cpu", loop)[name].make(params)
+        for _ in range(2):
+            optimizer.step()
+        assert all((p != old).all() for p, old in zip(params, before, strict=True)), name
+        kept = optimizer.state[params[0]]["exp_avg"]
+        assert (kept.abs() < 1.0).all() == loop.clipped, name
