@@ -7,6 +7,7 @@ extension is missing, are prepared in Python as tensors. ``Stepper`` owns all th
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -128,12 +129,12 @@ class Stepper:
         by_tensor = [p for p in prepared if batch is None or not _add(batch, p)]
         launches = [] if batch is None else _launches_of_rows(self.algorithm, given, batch)
         launches += _launches_of_tensors(self.algorithm, given, by_tensor)
+        alike: Counter[tuple[Any, ...]] = Counter()  # DTensors of several placements, or replicated beside plain tensors
         for launch in launches:
             if launch.backend in backends.READ_TABLES:
                 key = launch.key
-                if key not in self._tables:
-                    self._tables[key] = Table()
-                launch.table, launch.kept_alive = self._tables[key], self._kept_alive
+                alike[key] += 1
+                launch.table, launch.kept_alive = self._table(key, alike[key]), self._kept_alive
         waits = not watched() and any(launch.device.type in HOSTS for launch in launches)
         decides = bool(launches) and not waits and (given.clipping.reads_gradients_first or scaling.on_device)
         factor = 1.0
@@ -159,6 +160,11 @@ class Stepper:
                     update()
 
         return run
+
+    def _table(self, *key: Any) -> Table:
+        if key not in self._tables:
+            self._tables[key] = Table()
+        return self._tables[key]
 
     def reader(self, given: Groups) -> Any:
         """The C++ reader of parameters and state; None where there is none."""

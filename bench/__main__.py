@@ -43,6 +43,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile-at-most", type=int, metavar="TENSORS", help="longer lists are not given to torch.compile")
     options = parser.parse_args(argv)
     check_names(parser, options)
+    if "host" in options.parts and options.device != "cuda":
+        parser.error("host is of steps on a GPU; there is none here (allowed: a GPU, or tests/fakecuda, the stand-in for one)")
     now = datetime.datetime.now()
     options.output = options.output or Path(__file__).parent / "results" / f"{now:%Y-%m-%d-%H%M%S}-{options.device}"
     if (options.output / "results.json").exists() and not options.overwrite:

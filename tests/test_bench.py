@@ -246,6 +246,12 @@ def test_variants_are_compared_with_what_ships():
 # --- Loops and the host's time ---------------------------------------------------------------------------------------
 
 
+def test_the_hosts_part_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        main.parse(["host", "--device", "cpu"])
+    assert "the stand-in for one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["", ":clipped", ":scaled", ":scaled:clipped"])
 def test_a_loop_clips_and_scales(words):
     """By every contender: gradients that a norm of 1 is too small for move its weights less, and a scaler steps."""

@@ -200,6 +200,68 @@ def test_a_graph_keeps_what_it_reads(name, case, backend):
     assert all((t.cpu() == -1).all() for t in garbage)
 
 
+@contextlib.contextmanager
+def one_of_two_processes():
+    """As far as torch.distributed knows; nobody answers."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(record is None, reason="one process cannot be two on a real GPU")
+@pytest.mark.parametrize("name", FUSED)
+def test_launches_that_are_alike_have_tables_of_their_own(name, backend):
+    """Replicated DTensors beside plain tensors: with a norm, two launches of one device, of the same dtypes, spread over none."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    with one_of_two_processes():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (2,))
+        shapes = [(300, 7), (5,), (1100,), (64,)]
+        optimizer, params = make(name, shapes, "clip", backend)
+        mixed = []
+        for i, p in enumerate(params):
+            weight, grad = p.detach().clone(), p.grad.clone()
+            if i % 2:
+                weight, grad = (DTensor.from_local(t, mesh, [Replicate()], run_check=False) for t in (weight, grad))
+            mixed.append(torch.nn.Parameter(weight))
+            mixed[-1].grad = grad
+        other = FUSED[name](mixed, lr=1e-2, backend=backend, **OPTIONS[name], **CASES["clip"][0])
+        for _ in range(3):
+            optimizer.step()
+            other.step()
+        for p, q in zip(params, mixed, strict=True):
+            q = q.to_local() if isinstance(q, DTensor) else q
+            torch.testing.assert_close(p.cpu(), q.cpu())
+        torch.testing.assert_close(optimizer.grad_norm.cpu(), other.grad_norm.cpu())
+
+
+@pytest.mark.skipif(record is None, reason="one process cannot be two on a real GPU")
+@pytest.mark.parametrize("case", ["plain", "clip", "skip", "capturable"])
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_offloaded_parameters_have_their_state_beside_them(name, lean, case):
+    """FSDP2's CPUOffloadPolicy: parts on the CPU of a mesh of GPUs. Steps, and going on from a checkpoint, touch no GPU."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    with one_of_two_processes():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (2,))
+        model = fully_shard(torch.nn.Linear(8, 8), mesh=mesh, offload_policy=CPUOffloadPolicy())
+        optimizer = FUSED[name](model.parameters(), lr=1e-2, lean=lean, **OPTIONS[name], **CASES[case][0])
+        for t in range(4):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.1)
+            optimizer.step()
+            if t == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+        for entry in optimizer.state.values():
+            assert {getattr(value, "_local_tensor", value).device.type for value in entry.values()} == {"cpu"}
+            assert float(entry["step"]) == 4
+
+
 LOADS = """
 import warnings, torch
 from adabayes_fused import AdaBayes, backends
