@@ -262,7 +262,7 @@ def test_offloaded_parameters_have_their_state_beside_them(name, lean, case):
             assert float(entry["step"]) == 4
 
 
-LOADS = """
+LOADS = r"""
 import warnings, torch
 from adabayes_fused import AdaBayes, backends
 with warnings.catch_warnings(record=True) as found:
