@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.launch import Launch
+from .backends.launch import Launch, Undecided
 from .scalars import on, wide
 from .sharding import summed
 
@@ -85,25 +85,24 @@ def known(launches: list[Launch], clipping: Clipping, scaling: Scaling) -> tuple
 
 def decide(launches: list[Launch], clipping: Clipping, scaling: Scaling, skipped: Tensor) -> Tensor:
     """The decision, float64 (where the device has it) on the device of ``skipped``, an int64 which counts it if it is to skip."""
-    home = skipped.device
     sums = square_sums(launches) if clipping.reads_gradients_first else None
-    grad_scale, found_inf = (on(home, t, torch.float32) if isinstance(t, Tensor) else t for t in scaling)
-    decides = getattr(backends.BACKENDS[launches[0].backend], "decide", _decide)
-    decision: Tensor = decides(sums, grad_scale, found_inf, clipping.limit, clipping.skip_nonfinite, skipped)
+    scale, found_inf = (on(skipped.device, t, torch.float32) if isinstance(t, Tensor) else t for t in scaling)
+    grad_scale, known_scale = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    by = Undecided(sums, grad_scale, known_scale, found_inf, clipping.limit, clipping.skip_nonfinite, skipped)
+    decision: Tensor = getattr(backends.BACKENDS[launches[0].backend], "decide", _decide)(by)
     return decision
 
 
-def _decide(
-    sums: Tensor | None, grad_scale: Any, found_inf: Tensor | None, limit: float, skip_nonfinite: bool, skipped: Tensor
-) -> Tensor:
-    dtype = wide(skipped.device)
-    total = torch.zeros((), dtype=dtype, device=skipped.device) if sums is None else sums.sum()
-    norm, factor = norm_and_factor(total, grad_scale.to(dtype) if isinstance(grad_scale, Tensor) else float(grad_scale), limit)
-    skip = torch.zeros_like(total, dtype=torch.bool) if found_inf is None else found_inf != 0
-    if skip_nonfinite:
+def _decide(by: Undecided) -> Tensor:
+    dtype, device = wide(by.skipped.device), by.skipped.device
+    total = torch.zeros((), dtype=dtype, device=device) if by.sums is None else by.sums.sum()
+    scale = by.known_scale if by.grad_scale is None else by.grad_scale.to(dtype)
+    norm, factor = norm_and_factor(total, scale, by.limit)
+    skip = torch.zeros_like(total, dtype=torch.bool) if by.found_inf is None else by.found_inf != 0
+    if by.skip_nonfinite:
         skip = skip | ~torch.isfinite(total)
-    if skip_nonfinite or found_inf is not None:
-        skipped += skip
+    if by.skip_nonfinite or by.found_inf is not None:
+        by.skipped.add_(skip)
     return torch.stack([torch.as_tensor(x, dtype=dtype, device=total.device) for x in (factor, norm, skip)])
 
 

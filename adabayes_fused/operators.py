@@ -20,6 +20,7 @@ from .sharding import is_sharded
 
 _by_name: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
+
 @torch.library.custom_op("adabayes_fused::step_", mutates_args=("params",), tags=(torch.Tag.cudagraph_unsafe,))
 def step_(params: list[Tensor], grads: list[Tensor], optimizer: str) -> None:
     """A step of the optimizer of this name; ``params`` are its parameters with a gradient, ``grads`` those gradients."""

@@ -30,7 +30,6 @@ from .table import DTYPES, Table
 
 State = dict[Tensor, Any]
 CPU = torch.device("cpu")
-HOSTS = ("cpu", "meta")  # devices whose parameters have step counts that the host reads
 
 
 class Groups(NamedTuple):
@@ -131,11 +130,11 @@ class Stepper:
         launches += _launches_of_tensors(self.algorithm, given, by_tensor)
         alike: Counter[tuple[Any, ...]] = Counter()  # DTensors of several placements, or replicated beside plain tensors
         for launch in launches:
-            if launch.backend in backends.READ_TABLES:
+            if launch.backend not in ("cpp", "foreach"):
                 key = launch.key
                 alike[key] += 1
                 launch.table, launch.kept_alive = self._table(key, alike[key]), self._kept_alive
-        waits = not watched() and any(launch.device.type in HOSTS for launch in launches)
+        waits = any(_host_reads(launch.device) for launch in launches)
         decides = bool(launches) and not waits and (given.clipping.reads_gradients_first or scaling.on_device)
         factor = 1.0
         if not decides:
@@ -235,7 +234,7 @@ class Stepper:
         for launch in launches:
             device = launch.device
             if device not in rows:
-                rows[device] = self.numbers.rows(given.groups, used, device, device.type in HOSTS and not watched())
+                rows[device] = self.numbers.rows(given.groups, used, device, _host_reads(device))
             launch.numbers, launch.factor, launch.far, launch.decides = rows[device], factor, far, decides
             if launch.backend == "cpp":
                 launch.packed = self.numbers.packed(rows[device], factor)
@@ -253,6 +252,12 @@ class Stepper:
             self._kept_alive += [self._skipped, *(launch.table.sums for launch in launches if launch.table is not None)]
         for launch in launches:
             launch.decision = decision if launch.device == home else decision.to(launch.device, non_blocking=True)
+
+
+def _host_reads(device: torch.device) -> bool:
+    """Whether the host reads step counts, norms and options of parameters there, rather than leave them to an accelerator or to
+    who watches. Those of the meta device have their counts on the CPU."""
+    return device.type in ("cpu", "meta") and not watched()
 
 
 def _let_go(batch: Any) -> None:
@@ -375,7 +380,7 @@ def _launches_of_tensors(algorithm: Algorithm, given: Groups, prepared: list[Pre
                 steps=[p.step for p in members],
                 group_of=[p.group for p in members],
                 spread=spread,
-                known_steps=device.type in HOSTS and not watched(),
+                known_steps=_host_reads(device),
             )
         )
     return launches

@@ -20,7 +20,7 @@ from adabayes_fused import AdaBayes, backends
 from .case import Row, reason
 from .contenders import ADAM, ANCHOR, MAX_GRAD_NORM, WEIGHT_DECAY
 from .shapes import case_of, count, random_parameters
-from .timing import Tell
+from .timing import Tell, gpu_events
 
 try:
     from fakecuda import record
@@ -30,6 +30,7 @@ except ImportError:  # a real GPU
 LISTS = ("1000x16", "densenet121", "gpt2", "1x32M")
 KINDS = ("plain", "scaler", "clip", "skip", "capturable", "lr tensor")
 STEPS, ROUNDS = 5, 30
+SPAN = "what is seen"  # a span of the profiler's
 Step = Callable[[], object]
 
 
@@ -126,13 +127,16 @@ def seen() -> Iterator[dict[str, int]]:
             yield found
         found |= dict(launches=len(log.launches) + len(log.memsets), copies=log.copies.total(), waits=log.waits.total())
         return
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
-        yield found
-        torch.cuda.synchronize()  # one that is not the step's
-    events = [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    copies = sum(e.name.startswith("Memcpy") for e in events)
-    waits = sum("Synchronize" in e.name for e in run.events() if e.device_type == torch.autograd.DeviceType.CPU)
-    found |= dict(launches=len(events) - copies, copies=copies, waits=max(waits - 1, 0))
+        with record_function(SPAN):
+            yield found
+        torch.cuda.synchronize()
+    done = gpu_events(run)
+    copies = sum(e.name.startswith("Memcpy") for e in done)
+    on_host = [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    (block,) = (e.time_range for e in on_host if e.name == SPAN)
+    within = [e for e in on_host if block.start <= e.time_range.start <= block.end]  # neither our wait nor the profiler's own
+    found |= dict(launches=len(done) - copies, copies=copies, waits=sum("Synchronize" in e.name for e in within))

@@ -76,8 +76,7 @@ def gpu_times(step: Callable[[], Any]) -> dict[str, Any]:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    on_gpu = [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [e for e in on_gpu if not e.is_user_annotation]  # spans that the optimizers name
+    kernels = gpu_events(run)
     p20, median, p80 = (1e-3 * ms for ms in do_bench(step, quantiles=[0.2, 0.5, 0.8]))
     return dict(
         launches=len(kernels) / steps,
@@ -86,6 +85,11 @@ def gpu_times(step: Callable[[], Any]) -> dict[str, Any]:
         events_p20_s=p20,
         events_p80_s=p80,
     )
+
+
+def gpu_events(run: Any) -> list[Any]:
+    """Of a profile, what the GPU did: kernels, copies and fills, not the spans that optimizers name."""
+    return [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
 
 
 # --- A process per job ------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 #include <optional>
 #include <stdexcept>
 #include <utility>
+#include "dtype.h"
 
 namespace {
 
 constexpr int kMaxDims = 16;
 constexpr size_t kAhead = 4;  // parameters
-constexpr int64_t kInSlab = 1024;  // elements at most of a tensor in a slab (adabayes_fused/slabs.py)
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
@@ -193,7 +193,11 @@ void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
   if (!look) return;
   ++date_;
   sorted_slabs_.clear();
-  for (const Slab& slab : slabs_) sorted_slabs_.push_back({slab.begin, slab.end});
+  longest_slab_ = 0;
+  for (const Slab& slab : slabs_) {
+    sorted_slabs_.push_back({slab.begin, slab.end});
+    longest_slab_ = std::max(longest_slab_, slab.end - slab.begin);
+  }
   std::sort(sorted_slabs_.begin(), sorted_slabs_.end());
 }
 
@@ -214,8 +218,8 @@ bool Batch::find(PyObject* state, PyObject* param, State& out) const {
 // Notes where the state lies, and dates that if it is ours; false if it is not as a kernel takes it.
 bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType dtype, const State& state) const {
   const DType state_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
-  bool ours = state.entry && numel_of(p) <= kInSlab && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 &&
-              p.ndim <= kKeptDims;
+  bool ours = state.entry && numel_of(p) * size_of(state_dtype) <= longest_slab_ && Py_TYPE(param) != dtensor_type_ &&
+              Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
   dlpack::Tensor s;
   kept.date = 0;
   for (size_t k = 0; k < slots_.size(); ++k) {

@@ -95,6 +95,7 @@ class Batch {
   std::vector<py::object> specs_;  // of mesh and placements that differ; a launch's `spec` is a place here, or -1
   std::vector<Slab> slabs_;                                 // in the optimizer's order
   std::vector<std::pair<int64_t, int64_t>> sorted_slabs_;   // their addresses
+  int64_t longest_slab_ = 0;                                // bytes: what is longer lies in none
   int64_t date_ = 1, asked_ = -1;                           // of what is known now; `asked` of the step before
   bool held_ = true;                                        // of the step before: what was looked at then could be changed since
   int64_t looked_at_ = 0;

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HAS_GPU
 from runs import FUSED
+from test_gpu import waiting_is_an_error
 
 from adabayes_fused import backends
 
@@ -64,25 +65,13 @@ def make(name, shapes, case, backend, device="cuda"):
 @contextlib.contextmanager
 def seen():
     """Launches, copies to the device and waits of the block, once it is over: a list of three numbers."""
-    found = []
-    if record is not None:
-        with record() as log:
-            yield found
-        found += [len(log.launches) + len(log.memsets), sum(log.copies.values()), sum(log.waits.values())]
-        return
-    from torch.profiler import ProfilerActivity, profile
+    pytest.importorskip("psutil")
+    from bench import host
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-    events = [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    copies = sum(e.name.startswith("Memcpy") for e in events)
-    found += [len(events) - copies, copies, 0]
+    found = []
+    with host.seen() as numbers, waiting_is_an_error():
+        yield found
+    found += [numbers[name] for name in ("launches", "copies", "waits")]
 
 
 @pytest.mark.parametrize("of", ["1000x16", "densenet121", "gpt2", "one"])
@@ -125,12 +114,9 @@ def test_what_changes_is_copied_once(name, case, backend):
 @pytest.mark.parametrize("name", FUSED)
 def test_nothing_waits_by_torchs_own_watch(name, case, backend):
     optimizer, _ = make(name, [(300, 70), (5,), (), (0, 3)], case, backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for _ in range(3):
             optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..table import raw_stream
 from . import native
-from .launch import CANNOT_LOAD, Copies, Launch, in_turn
+from .launch import CANNOT_LOAD, Copies, Launch, Undecided, in_turn
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -57,22 +56,23 @@ def sum_of_squares(launch: Launch) -> Tensor:
     return sums
 
 
-def decide(
-    sums: Tensor | None, grad_scale: Any, found_inf: Tensor | None, limit: float, skip_nonfinite: bool, skipped: Tensor
-) -> Tensor:
-    decision = torch.empty(3, dtype=torch.float64, device=skipped.device)
-    scaled = isinstance(grad_scale, Tensor)
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def decide(by: Undecided) -> Tensor:
+    decision = by.decision()
     native.module.decide_cuda(
-        0 if sums is None else sums.data_ptr(),
-        0 if sums is None else len(sums),
-        grad_scale.data_ptr() if scaled else 0,
-        1.0 if scaled else float(grad_scale),
-        0 if found_inf is None else found_inf.data_ptr(),
-        limit,
-        skip_nonfinite,
+        _address(by.sums),
+        0 if by.sums is None else len(by.sums),
+        _address(by.grad_scale),
+        by.known_scale,
+        _address(by.found_inf),
+        by.limit,
+        by.skip_nonfinite,
         decision.data_ptr(),
-        skipped.data_ptr(),
-        *_where(skipped.device),
+        by.skipped.data_ptr(),
+        *_where(by.skipped.device),
     )
     return decision
 
@@ -87,7 +87,6 @@ def _prepare(launch: Launch) -> Callable[[], None]:
         raise RuntimeError(f"backend 'cuda' cannot run on {launch.device}: {CANNOT_LOAD}: {why}")
 
     def run() -> None:
-        decision = 0 if launch.decision is None else launch.decision.data_ptr()
-        native.module.run_cuda(*table, decision, *_where(launch.device))
+        native.module.run_cuda(*table, _address(launch.decision), *_where(launch.device))
 
     return run

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,22 @@ from ..table import ROW_WORDS, Table
 
 CANNOT_LOAD = "its kernels cannot be loaded there"  # so begins the reason on a GPU, or a driver, they were not built for
 Copies = Sequence[tuple[Tensor, Tensor]]  # a parameter with gaps, and the dense tensor that is updated in its place
+
+
+class Undecided(NamedTuple):
+    """What a GPU decides a step by: its norm, torch.amp.GradScaler's scale and overflow, and what clips and skips."""
+
+    sums: Tensor | None  # whose sum is that of all squared gradients; None where nobody wants their norm
+    grad_scale: Tensor | None  # one float32 there; None where the host knows it
+    known_scale: float
+    found_inf: Tensor | None  # one float32 there, not zero where nothing may change
+    limit: float  # of the norm; infinite where nothing is clipped
+    skip_nonfinite: bool
+    skipped: Tensor  # int64, counts the step if it is to be skipped; on the device that decides
+
+    def decision(self) -> Tensor:
+        """Memory for factor, norm and skip, float64."""
+        return torch.empty(3, dtype=torch.float64, device=self.skipped.device)
 
 
 def in_turn(updates: list[Callable[[], None]], copies: Copies) -> Callable[[], None]:
@@ -83,7 +99,7 @@ class Launch:
 
     def bring_table(self, chunk: int) -> Table:
         """The table on the device, for programs of ``chunk`` elements."""
-        self.table = self.table or Table()
+        assert self.table is not None
         if not self._brought:
             self.table.bring(self.rows(), chunk, self.device, self.kept_alive)
             self._brought = True

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import CANNOT_LOAD, Copies, Launch, in_turn
+from .launch import CANNOT_LOAD, Copies, Launch, Undecided, in_turn
 
 CHUNK = 8192  # elements a program updates
 BLOCK = 1024  # elements at a time
@@ -107,27 +107,24 @@ def _bits(number: float) -> int:
     return found
 
 
-def decide(
-    sums: Tensor | None, grad_scale: Any, found_inf: Tensor | None, limit: float, skip_nonfinite: bool, skipped: Tensor
-) -> Tensor:
+def decide(by: Undecided) -> Tensor:
     from ..triton_kernels import multi_tensor
 
-    decision = torch.empty(3, dtype=torch.float64, device=skipped.device)
-    scaled = isinstance(grad_scale, Tensor)
-    with _on(skipped.device):
+    decision = by.decision()
+    with _on(by.skipped.device):
         multi_tensor.decide[(1,)](
-            decision if sums is None else sums,
-            0 if sums is None else len(sums),
-            grad_scale if scaled else decision,
-            _bits(1.0 if scaled else float(grad_scale)),
-            decision if found_inf is None else found_inf,
-            _bits(limit),
+            decision if by.sums is None else by.sums,
+            0 if by.sums is None else len(by.sums),
+            decision if by.grad_scale is None else by.grad_scale,
+            _bits(by.known_scale),
+            decision if by.found_inf is None else by.found_inf,
+            _bits(by.limit),
             decision,
-            skipped,
-            SCALED=scaled,
-            CHECKED=found_inf is not None,
-            CLIPS=math.isfinite(limit),
-            SKIPS=skip_nonfinite,
+            by.skipped,
+            SCALED=by.grad_scale is not None,
+            CHECKED=by.found_inf is not None,
+            CLIPS=math.isfinite(by.limit),
+            SKIPS=by.skip_nonfinite,
             BLOCK=BLOCK,
             **OPTIONS,
         )
@@ -143,7 +140,6 @@ def _prepare(launch: Launch) -> Callable[[], None]:
 
     table = launch.bring_table(CHUNK)
     keywords = constants(launch)
-
     grid = (len(table.chunks),)
 
     def run() -> None:
