@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import codes
 from .algorithms import ADABAYES, ALGORITHMS, complete_group, make_python_numbers, present
-from .prepare import new_slot, new_step, own_copy, step_device
+from .prepare import initial, new_seed, new_slot, new_step, number, own_copy, step_device
 from .scalars import SCALARS
-from .sharding import is_sharded, local
+from .sharding import is_sharded, local, placed_like
 from .slabs import Slabs
 
 _INDISPENSABLE = ("lr", "betas", "weight_decay", "r")  # of a group; what else it lacks, its version may not have known
@@ -52,8 +53,8 @@ def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if i in params:
             entry = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
             _check_kind(optimizer, i, entry)
-            check_entry(optimizer.algorithm.slots, i, params[i], entry)
-            ours = ("step", *optimizer.algorithm.slots)  # what others keep there goes to the parameter's device as torch sees fit
+            check_entry((*optimizer.algorithm.slots, "correction"), i, params[i], entry)
+            ours = ("step", "seed", *optimizer.algorithm.slots, "correction")  # what others keep there goes to the parameter's device as torch sees fit
             entry = {name: _Hidden(value) if name in ours else value for name, value in entry.items()}
         state[i] = entry
     for group in groups:
@@ -113,15 +114,17 @@ def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list
                 group[name] = _option_stays(before.get(name), group[name], writes)
         group["betas"] = tuple(_option_stays(b, new, writes) for b, new in zip(before["betas"], group["betas"], strict=True))
     absent: set[str] = set()
+    converted: set[tuple[torch.dtype, torch.dtype]] = set()
     slabs = Slabs()
-    for group in optimizer.param_groups:
-        for p in group["params"]:
+    given = optimizer._given()
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
             if not optimizer.state.get(p):
                 continue
             loaded = optimizer.state[p]
             saved = {name: value.tensor for name, value in loaded.items() if isinstance(value, _Hidden)}
             absent.update(set(optimizer.algorithm.stored(optimizer.lean)) - saved.keys())
-            entry = _own_entry(optimizer, p, saved, slabs)
+            entry = _own_entry(optimizer, p, saved, given.seed_of(g, i), converted, slabs)
             if group["capturable"]:
                 present = state_before.get(p, {})
                 entry = {name: _stays(present.get(name), fresh, writes) for name, fresh in entry.items()}
@@ -134,15 +137,33 @@ def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list
             "The weights go on as they would have.",
             stacklevel=5,
         )
+    if converted:
+        kinds = "; ".join(sorted(f"{saved} became {here}" for saved, here in converted))
+        warnings.warn(f"the loaded state was stored otherwise than here, and is rounded to nearest: {kinds}", stacklevel=5)
     return slabs
 
 
-def _own_entry(optimizer: Any, p: Tensor, saved: dict[str, Any], slabs: Slabs) -> dict[str, Tensor]:
-    """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value."""
-    algorithm = optimizer.algorithm
-    entry = {"step": new_step(saved["step"], step_device(p), slabs)}
-    for name, initial in zip(algorithm.stored(optimizer.lean), algorithm.initial, strict=False):
-        entry[name] = own_copy(p, saved[name], slabs) if name in saved else new_slot(p, initial, slabs)
+def _own_entry(
+    optimizer: Any, p: Tensor, saved: dict[str, Any], seed: int, converted: set[tuple[torch.dtype, torch.dtype]], slabs: Slabs
+) -> dict[str, Tensor]:
+    """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value. Into
+    ``converted`` goes which dtype was turned into which code, or which code into which dtype."""
+    algorithm, device = optimizer.algorithm, step_device(p)
+    layout = optimizer._given().storage.layout(algorithm, p.dtype)
+    entry = {"step": new_step(saved["step"], device, slabs)}
+    word = number(saved.get("seed", seed), torch.int64, device)
+    parts = {name: local(placed_like(p, saved[name].detach())) for name in layout.names if name in saved}
+    stored = codes.stored_as(algorithm, layout, parts, word)
+    for name, value in initial(algorithm, layout).items():
+        dtype = layout.dtype_of(name)
+        if name in stored:
+            entry[name] = own_copy(p, stored[name], dtype, slabs)
+            if stored[name] is not parts[name]:
+                converted.add((parts[name].dtype, dtype))
+        else:
+            entry[name] = new_slot(p, value, dtype, slabs)
+    if layout.random:
+        entry["seed"] = new_seed(word, device, slabs)
     return entry
 
 

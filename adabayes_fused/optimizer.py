@@ -31,12 +31,22 @@ from .algorithms import (
     take_up_edits,
 )
 from .clipping import Clipping, Scaling
+from .codes import check_seed, checked_storage
 from .prepare import Item
 from .stepper import Groups, Stepper
 
 # Options of the whole optimizer, and what they are in those pickled before there was the option. They are found in ``defaults``,
 # from which frameworks build an optimizer anew, and in no group: a checkpoint must not change them.
-_RUN_POLICY = {"backend": "auto", "lean": False, "fused_unscale": True, "max_grad_norm": None, "skip_nonfinite": False}
+_RUN_POLICY: dict[str, Any] = {
+    "backend": "auto",
+    "lean": False,
+    "fused_unscale": True,
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "state_dtype": "float32",
+    "weight_rounding": "nearest",
+    "seed": 0,
+}
 
 
 class _AlsoInDefaults:
@@ -84,14 +94,19 @@ class _FusedOptimizer(Optimizer):
         fused_unscale: bool
         max_grad_norm: float | None
         skip_nonfinite: bool
+        state_dtype: str
+        weight_rounding: str
+        seed: int
     else:
-        backend, lean, fused_unscale, max_grad_norm, skip_nonfinite = (_AlsoInDefaults() for _ in _RUN_POLICY)
+        backend, lean, fused_unscale, max_grad_norm, skip_nonfinite = (_AlsoInDefaults() for _ in range(5))
+        state_dtype, weight_rounding, seed = (_AlsoInDefaults() for _ in range(3))
 
     def __init__(self, params: ParamsT, options: dict[str, Any], policy: dict[str, Any]) -> None:
         backends.check_name(policy["backend"])
-        for name in ("lean", "fused_unscale"):
-            if not isinstance(policy[name], bool):
-                raise TypeError(f"Invalid {name} value: {policy[name]!r} (allowed: True or False)")
+        if not isinstance(policy["fused_unscale"], bool):
+            raise TypeError(f"Invalid fused_unscale value: {policy['fused_unscale']!r} (allowed: True or False)")
+        checked_storage(policy["lean"], policy["state_dtype"], policy["weight_rounding"])
+        check_seed(policy["seed"])
         Clipping(policy["max_grad_norm"], policy["skip_nonfinite"]).check()
         check_group(self.algorithm, options)  # before the parameters are looked at, as torch does
         self._forget_run()
@@ -290,7 +305,8 @@ class _FusedOptimizer(Optimizer):
     def _given(self) -> Groups:
         """What a step is given."""
         clipping = Clipping(self.max_grad_norm, self.skip_nonfinite)
-        return Groups(self.param_groups, self._kept_state, self._state_asked_for, self.backend, self.lean, clipping)
+        storage = checked_storage(self.lean, self.state_dtype, self.weight_rounding)
+        return Groups(self.param_groups, self._kept_state, self._state_asked_for, self.backend, storage, self.seed, clipping)
 
     def _call_before_updates(self, check: Callable[[], None] | None) -> None:
         """Has each :meth:`step` call ``check`` once its closure has run; None: nothing."""
@@ -438,6 +454,9 @@ class AdaBayes(_FusedOptimizer):
         fused_unscale: bool = True,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         options = dict(
             lr=lr,
@@ -456,6 +475,9 @@ class AdaBayes(_FusedOptimizer):
             fused_unscale=fused_unscale,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            state_dtype=state_dtype,
+            weight_rounding=weight_rounding,
+            seed=seed,
         )
         super().__init__(params, options, policy)
 
@@ -502,6 +524,9 @@ class AdaBayesFP(_FusedOptimizer):
         fused_unscale: bool = True,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         options = dict(
             lr=lr,
@@ -519,5 +544,8 @@ class AdaBayesFP(_FusedOptimizer):
             fused_unscale=fused_unscale,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            state_dtype=state_dtype,
+            weight_rounding=weight_rounding,
+            seed=seed,
         )
         super().__init__(params, options, policy)

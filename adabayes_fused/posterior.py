@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, corrected, present, variance_units
 from .optimizer import _FusedOptimizer
-from .prepare import as_real, state_dtype
+from .prepare import as_real, wide_dtype
 from .scalars import on, scalars, wide
 from .sharding import like, local, placed_like
 
@@ -60,7 +60,7 @@ def posterior(optimizer: _FusedOptimizer, p: Tensor) -> Posterior:
             "optimizer.set_batch_size(n): the examples the mean loss of one step averages over"
         )
     unit, _ = variance_units(group)
-    variance = torch.empty_like(local(p), dtype=state_dtype(p), requires_grad=False)
+    variance = torch.empty_like(local(p), dtype=wide_dtype(p), requires_grad=False)
     if not reading.state:
         as_real(variance).fill_(unit)
     elif optimizer.algorithm is ADABAYES_FP:

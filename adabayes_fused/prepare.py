@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import codes
 from .algorithms import Algorithm
+from .codes import Layout, Storage
 from .plain import has_plain_keys, is_plain, ordinary_mode, watched
-from .sharding import is_sharded, like, local, placed_like
+from .sharding import is_sharded, like, local, place_of, placed_like, spec_of
 from .slabs import Slabs
 from .table import DTYPES
 
@@ -39,14 +41,26 @@ class Prepared(NamedTuple):
     """One parameter as the kernels take it. ``copied``: a parameter with gaps, and the dense tensor updated in its place."""
 
     param: Tensor
-    tensors: list[Tensor]  # param, grad, *slots: real, dense, alike in layout
-    step: Tensor
+    tensors: list[Tensor]  # param, grad, *slots, correction: real, dense, alike in layout
+    numbers: tuple[Tensor, ...]  # step, seed
     group: int
     backend: str
     copied: tuple[Tensor, Tensor] | None
+    layout: Layout
+    place: tuple[int, int, int]  # first, run and stride (csrc/table.h)
+
+    @classmethod
+    def of(cls, item: Item, layout: Layout, tensors: list[Tensor], backend: str, copied: Any = None) -> Prepared:
+        numbers, spec = tuple(item.state[name] for name in layout.numbers), spec_of(item.param)
+        place = place_of(spec) if layout.random and spec is not None else (0, max(tensors[0].numel(), 1), 0)
+        return cls(item.param, tensors, numbers, item.group, backend, copied, layout, place)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip((*self.layout.numbers, *self.layout.names), (*self.numbers, *self.tensors[2:]), strict=True))
 
 
-def check_item(item: Item, names: tuple[str, ...]) -> None:
+def check_item(item: Item, algorithm: Algorithm, storage: Storage) -> None:
     """Raises for a parameter, gradient or state no kernel can take, naming it. Changes nothing."""
     p, grad, state, where = item.param, item.grad, item.state, str(item)
     if grad.layout != torch.strided:
@@ -63,6 +77,9 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
     real = p.dtype.to_real() if p.is_complex() else p.dtype
     if real not in DTYPES:
         raise TypeError(f"{where} is of {p.dtype} (allowed: {', '.join(map(str, DTYPES))}, and complex)")
+    if (reason := storage.why_not(p.dtype)) is not None:
+        raise TypeError(f"{where} is of {p.dtype}: {reason}")
+    names = storage.layout(algorithm, p.dtype).names
     if p.is_complex() != grad.is_complex() or not (grad.is_complex() or grad.is_floating_point()):
         raise TypeError(f"{where} is of {p.dtype} and its gradient of {grad.dtype} (allowed: both floating, or both complex)")
     if p.is_inference() and not torch.is_inference_mode_enabled():
@@ -76,7 +93,8 @@ def check_item(item: Item, names: tuple[str, ...]) -> None:
             raise RuntimeError(
                 f"{where} has {name} of shape {tuple(t.shape)}; a resized parameter needs a new gradient and state"
             )
-    if state and (missing := [name for name in ("step", *names) if name not in state]):
+    needed = ("step", *(name for name in names if name != "correction"))  # which begins at zero, as a seed does anew
+    if state and (missing := [name for name in needed if name not in state]):
         raise RuntimeError(f"{where} lacks {', '.join(missing)} in its state; delete optimizer.state[p] to begin anew")
 
 
@@ -84,39 +102,47 @@ def _freed(t: Tensor) -> bool:
     return is_plain(t) and t.numel() > 0 and t.data_ptr() == 0
 
 
-def state_dtype(p: Tensor) -> torch.dtype:
+def wide_dtype(p: Tensor) -> torch.dtype:
     """float32, float64 for float64 parameters, complex where the parameter is."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def empty_slot(p: Tensor, slabs: Slabs) -> Tensor:
+def empty_slot(p: Tensor, dtype: torch.dtype, slabs: Slabs) -> Tensor:
     """A state tensor for the part of ``p`` that is here, on its device; laid out as that is where it has no gaps."""
     part, slot = local(p).detach(), None
     with ordinary_mode():
         if is_traceable_wrapper_subclass(part):
-            return torch.empty(part.shape, dtype=state_dtype(part), device=part.device)
+            return torch.empty(part.shape, dtype=dtype, device=part.device)
         # In one storage, the state of DTensors would break torch.distributed.checkpoint.async_save.
         if is_plain(part) and _dense(part) and not is_sharded(p):
-            slot = slabs.empty(part.shape, part.stride(), state_dtype(part), part.device)
+            slot = slabs.empty(part.shape, part.stride(), dtype, part.device)
         if slot is None:
-            slot = torch.empty_like(part, dtype=state_dtype(part), memory_format=torch.preserve_format, requires_grad=False)
+            slot = torch.empty_like(part, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     return slot
 
 
-def new_slot(p: Tensor, value: float, slabs: Slabs) -> Tensor:
+def new_slot(p: Tensor, value: float, dtype: torch.dtype, slabs: Slabs) -> Tensor:
     """A state tensor like ``p``, ``value`` everywhere, in the real and the imaginary part alike."""
-    slot = empty_slot(p, slabs)
-    as_real(slot).fill_(value)
+    slot = empty_slot(p, dtype, slabs)
+    as_real(slot).fill_(codes.constant(value, dtype))
     return like(p, slot)
+
+
+def _new_number(dtype: torch.dtype, device: torch.device, slabs: Slabs) -> Tensor:
+    with ordinary_mode():
+        number = slabs.empty((), (), dtype, device)
+        return torch.empty((), dtype=dtype, device=device) if number is None else number
 
 
 def new_step(value: Any, device: torch.device, slabs: Slabs) -> Tensor:
     """A step count of its own: a 0-dim float32 tensor."""
-    with ordinary_mode():
-        step = slabs.empty((), (), torch.float32, device)
-        if step is None:
-            step = torch.empty((), dtype=torch.float32, device=device)
-    return step.copy_(step_tensor(value, device))
+    return _new_number(torch.float32, device, slabs).copy_(step_tensor(value, device))
+
+
+def new_seed(value: int | Tensor, device: torch.device, slabs: Slabs) -> Tensor:
+    """A seed of its own (``codes.new_seed``): a 0-dim int64 tensor."""
+    seed = _new_number(torch.int64, device, slabs)
+    return seed.copy_(value.reshape(())) if isinstance(value, Tensor) else seed.fill_(value)
 
 
 def step_device(p: Tensor) -> torch.device:
@@ -125,10 +151,21 @@ def step_device(p: Tensor) -> torch.device:
     return device if device.type != "meta" else torch.device("cpu")  # which holds no number
 
 
-def new_state(algorithm: Algorithm, lean: bool, p: Tensor, slabs: Slabs) -> dict[str, Tensor]:
+def new_state(algorithm: Algorithm, layout: Layout, p: Tensor, seed: int, slabs: Slabs) -> dict[str, Tensor]:
     """State before the first step."""
-    slots = zip(algorithm.stored(lean), algorithm.initial, strict=False)
-    return {"step": new_step(0, step_device(p), slabs), **{name: new_slot(p, value, slabs) for name, value in slots}}
+    device = step_device(p)
+    state = {"step": new_step(0, device, slabs)}
+    for name, value in initial(algorithm, layout).items():
+        state[name] = new_slot(p, value, layout.dtype_of(name), slabs)
+    if layout.random:
+        state["seed"] = new_seed(seed, device, slabs)
+    return state
+
+
+def initial(algorithm: Algorithm, layout: Layout) -> dict[str, float]:
+    """What the tensors that are shaped like the parameter begin as."""
+    values = dict(zip(layout.slots, algorithm.initial, strict=False))
+    return values if layout.correction is None else {**values, "correction": 0.0}
 
 
 def as_real(t: Tensor) -> Tensor:
@@ -156,40 +193,49 @@ def laid_out_like(template: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(template, dtype=dtype).copy_(t)
 
 
-def own_copy(p: Tensor, saved: Tensor, slabs: Slabs) -> Tensor:
-    """A saved slot of ``p`` in our dtype, layout, placement and device, sharing no memory with ``saved``."""
-    part = local(placed_like(p, saved.detach()))
-    return like(p, empty_slot(p, slabs).copy_(part))
+def own_copy(p: Tensor, part: Tensor, dtype: torch.dtype, slabs: Slabs) -> Tensor:
+    """A part of a saved slot of ``p``, stored as it is kept here, in our layout and device, sharing no memory with ``part``."""
+    return like(p, empty_slot(p, dtype, slabs).copy_(part))
+
+
+def number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, however a checkpoint gives it, as a 0-dim tensor on ``device``."""
+    if isinstance(value, Tensor) and value.dtype == dtype and value.device == device and value.dim() == 0:
+        return value
+    known = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    return known.to(device=device, dtype=dtype, non_blocking=device.type != "cpu").reshape(())
 
 
 def step_tensor(step: Any, device: torch.device) -> Tensor:
-    """A step count, however a checkpoint gives it, as a 0-dim float32 tensor on ``device``."""
-    if isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.dim() == 0:
-        return step
-    known = step.detach() if isinstance(step, Tensor) else torch.as_tensor(step, device="cpu")
-    return known.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu").reshape(())
+    """A step count as a 0-dim float32 tensor on ``device``."""
+    return number(step, torch.float32, device)
 
 
-def ready(item: Item, names: tuple[str, ...]) -> list[Tensor] | None:
+def ready(item: Item, algorithm: Algorithm, storage: Storage) -> list[Tensor] | None:
     """(param, grad, *slots) of the common case, in which they are as a kernel takes them: plain, contiguous, alike in shape, each
     in its dtype. None in any other, which ``check_item`` and ``prepare`` sort out."""
     p, grad, state = item.param, item.grad, item.state
-    tensors: list[Any] = [p, grad, *(state.get(name) for name in names)]
-    if type(p) not in _OWN_TYPES or p.dtype not in DTYPES or not all(type(t) is Tensor for t in tensors[1:]):
+    if type(p) not in _OWN_TYPES or p.dtype not in DTYPES or storage.why_not(p.dtype) is not None:
         return None
-    shape, device, dtype, step = p.shape, p.device, state_dtype(p), state.get("step")
+    layout = storage.layout(algorithm, p.dtype)
+    tensors: list[Any] = [p, grad, *map(state.get, layout.names)]
+    numbers: list[Any] = list(map(state.get, layout.numbers))
+    if not all(type(t) is Tensor for t in (*tensors[1:], *numbers)):
+        return None
+    shape, device = p.shape, p.device
     if not all(t.shape == shape and t.device == device and t.is_contiguous() and t.data_ptr() for t in tensors):
         return None
-    if grad.dtype not in DTYPES or not all(t.dtype == dtype for t in tensors[2:]):
+    if grad.dtype not in DTYPES or any(t.dtype != layout.dtype_of(name) for name, t in zip(layout.names, tensors[2:], strict=True)):
         return None
-    if type(step) is not Tensor or step_tensor(step, device) is not step or not all(map(has_plain_keys, [*tensors, step])):
+    if any(number(t, t.dtype, device) is not t for t in numbers) or not all(map(has_plain_keys, [*tensors, *numbers])):
         return None
-    return tensors
+    return tensors if [t.dtype for t in numbers] == [torch.float32, torch.int64][: len(numbers)] else None
 
 
-def prepare(item: Item, names: tuple[str, ...], backend: str) -> Prepared:
-    """An item as plain tensors; state of another dtype, device or layout is replaced by its equal in ours. The gradient is
-    never written. ``backend`` updates it, unless its tensors are none that a kernel may be given the address of."""
+def prepare(item: Item, algorithm: Algorithm, layout: Layout, seed: int, backend: str, slabs: Slabs) -> Prepared:
+    """An item as plain tensors; state of another dtype, device or layout is replaced by its equal in ours, a seed it lacks is
+    ``seed``. The gradient is never written. ``backend`` updates it, unless its tensors are none that a kernel may be given the
+    address of."""
     state = item.state
     param = local(item.param).detach()
     grad = local(placed_like(item.param, item.grad)).detach().resolve_conj().resolve_neg()
@@ -201,14 +247,20 @@ def prepare(item: Item, names: tuple[str, ...], backend: str) -> Prepared:
     if not _dense(param):
         copied = param, torch.empty_like(param).copy_(param)
         param = copied[1]
-    state["step"] = step_tensor(state["step"], step_device(item.param))
-    for name in names:
-        placed = placed_like(item.param, state[name])
-        slot = laid_out_like(param, local(placed), state_dtype(param))
-        if placed is not state[name] or slot is not local(placed):
+    device = step_device(item.param)
+    state["step"] = step_tensor(state["step"], device)
+    if layout.random:
+        state["seed"] = number(state["seed"], torch.int64, device) if "seed" in state else new_seed(seed, device, slabs)
+    if layout.correction is not None and "correction" not in state:
+        state["correction"] = new_slot(item.param, 0.0, layout.correction, slabs)
+    placed = {name: placed_like(item.param, state[name]) for name in layout.names}
+    stored = codes.stored_as(algorithm, layout, {name: local(t) for name, t in placed.items()}, state.get("seed"))
+    for name in layout.names:
+        slot = laid_out_like(param, stored[name], layout.dtype_of(name))
+        if placed[name] is not state[name] or slot is not local(placed[name]):
             state[name] = like(item.param, slot)
-    tensors = [param, laid_out_like(param, grad, grad.dtype), *(local(state[name]) for name in names)]
+    tensors = [param, laid_out_like(param, grad, grad.dtype), *(local(state[name]) for name in layout.names)]
     tensors = [as_real(t) for t in tensors]
     if backend != "foreach" and (watched() or not all(map(is_plain, tensors))):
         backend = "foreach"
-    return Prepared(item.param, tensors, state["step"], item.group, backend, copied)
+    return Prepared.of(item, layout, tensors, backend, copied)

@@ -6,6 +6,7 @@ is not imported for it: where there is a DTensor, somebody has.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -69,6 +70,31 @@ def placed_like(p: Tensor, t: Tensor) -> Tensor:
 def spec_of(p: Tensor) -> Any:
     """Of a DTensor its mesh and placements; None of a plain tensor."""
     return p._spec if is_sharded(p) else None  # type: ignore[attr-defined]
+
+
+def place_of(spec: Any) -> tuple[int, int, int]:
+    """Where the part that is here lies in the whole tensor: its i-th element at ``first + i // run * stride + i % run``.
+
+    Raises: ValueError for a part that does not lie so: split in three dimensions, or in two that are not neighbours.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    whole = tuple(spec.tensor_meta.shape)
+    part, offset = compute_local_shape_and_global_offset(whole, spec.mesh, spec.placements)
+    strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
+    split = [d for d in range(len(whole)) if part[d] != whole[d]]
+    if not split or not math.prod(part):
+        return 0, max(math.prod(part), 1), 0
+    last = split[-1]
+    before = [d for d in range(last) if part[d] > 1]  # which of the elements before the last split dimension count
+    if any(d in split for d in before[1:]):
+        raise ValueError(
+            f"a DTensor of shape {whole} with placements {spec.placements} is split in too many dimensions for state or weights "
+            'that are rounded stochastically; use state_dtype="float32" and weight_rounding="nearest"'
+        )
+    run = part[last] * strides[last]
+    first = sum(o * stride for o, stride in zip(offset, strides, strict=True))
+    return first, run, strides[last - 1] if last else 0
 
 
 def groups_of(spec: Any) -> tuple[Any, ...]:

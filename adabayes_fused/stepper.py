@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, clipping
+from . import backends, clipping, codes
 from .algorithms import Algorithm, moves_far
 from .backends import native
 from .backends.launch import Launch
 from .clipping import Clipping, Scaling
+from .codes import Storage
 from .plain import ordinary_mode, watched
 from .prepare import Item, Prepared, check_item, new_state, prepare, ready, step_device
 from .scalars import Numbers, on, tensor_options
@@ -39,12 +40,18 @@ class Groups(NamedTuple):
     state: State
     asked: int  # how often the state has been asked for by others, who may have changed it
     backend: str
-    lean: bool
+    storage: Storage
+    seed: int
     clipping: Clipping
 
     def item(self, g: int, i: int) -> Item:
         p = self.groups[g]["params"][i]
         return Item(g, i, p, p.grad, self.state.get(p, {}))
+
+    def seed_of(self, g: int, i: int) -> int:
+        """What the seed of a parameter that has none begins as."""
+        before = sum(len(group["params"]) for group in self.groups[:g])
+        return codes.new_seed(self.seed, before + i, float(self.groups[g]["r"]))
 
 
 class Stepper:
@@ -169,7 +176,7 @@ class Stepper:
         """The C++ reader of parameters and state; None where there is none."""
         if not self._devices:
             self._devices = {local(p).device for group in given.groups for p in list(group["params"])[:1]}
-        key = (given.backend, given.lean, dtensor_type(), len(self._devices))
+        key = (given.backend, given.storage, dtensor_type(), len(self._devices))
         if self._reader[0] != key:
             types = set()
             for device in self._devices:  # of no other are the kernels looked for, which takes memory there
@@ -178,7 +185,7 @@ class Stepper:
                         types.add(device.type)
                 except RuntimeError:  # raised for the parameter that needs it
                     pass
-            self._reader = key, native.new_batch(self.algorithm.stored(given.lean), types, dtensor_type())
+            self._reader = key, native.new_batch(self.algorithm, given.storage, types, dtensor_type())
         return self._reader[1]
 
     def _read(self, given: Groups, batch: Any, items: list[Item] | None) -> list[Item]:
@@ -189,41 +196,35 @@ class Stepper:
         # A norm sums what is spread over processes apart from what each has whole.
         batch.begin(self.slabs.all, given.asked, held, given.clipping.reads_gradients_first)
         if items is not None:
-            return [item for item in items if not self._taken(given, batch, item)]
+            return [item for item in items if not batch.add(item.param, item.grad, item.state, item.group, None)]
         groups = enumerate(given.groups)
         return [given.item(g, i) for g, group in groups for i in batch.read(group["params"], given.state, g)]
 
-    def _taken(self, given: Groups, batch: Any, item: Item) -> bool:
-        names = self.algorithm.stored(given.lean)
-        if any(name not in item.state for name in ("step", *names)):
-            return False
-        slots = [item.state[name] for name in names]
-        taken: bool = batch.add(item.param, item.grad, slots, item.state["step"], item.group, None)
-        return taken
-
     def _prepare(self, given: Groups, items: list[Item], created: list[Tensor]) -> list[Prepared]:
-        names, unwatched = self.algorithm.stored(given.lean), not watched()
+        algorithm, storage, unwatched = self.algorithm, given.storage, not watched()
         entries = (entry for entry in given.state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
-        self.slabs.forget_unused(entry.get(name) for entry in entries for name in ("step", *names))
+        self.slabs.forget_unused(t for entry in entries for t in entry.values())
         found = []
         for item in items:  # all of them before the first is touched
-            tensors = ready(item, names) if unwatched else None
+            tensors = ready(item, algorithm, storage) if unwatched else None
             if tensors is None:
-                check_item(item, names)
+                check_item(item, algorithm, storage)
             device = local(item.param).device
             self._devices.add(device)
             found.append((item, backends.choose(given.backend, device), tensors))
         prepared = []
         for item, backend, tensors in found:
             p = item.param
+            layout = storage.layout(algorithm, p.dtype)
             if tensors is not None:
-                prepared.append(Prepared(p, tensors, item.state["step"], item.group, backend, None))
+                prepared.append(Prepared.of(item, layout, tensors, backend))
                 continue
+            seed = given.seed_of(item.group, item.position) if layout.random and "seed" not in item.state else 0
             if not item.state:
-                given.state[p] = new_state(self.algorithm, given.lean, p, self.slabs)
+                given.state[p] = new_state(algorithm, layout, p, seed, self.slabs)
                 created.append(p)
                 item = item._replace(state=given.state[p])
-            prepared.append(prepare(item, names, backend))
+            prepared.append(prepare(item, algorithm, layout, seed, backend, self.slabs))
         return prepared
 
     def _set_numbers(
@@ -296,7 +297,7 @@ def _only_makes_state(given: Groups, prepared: list[Prepared], created: list[Ten
 def _add(batch: Any, p: Prepared) -> bool:
     if p.backend not in backends.READ_TABLES:
         return False
-    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.tensors[2:], p.step, p.group, spec_of(p.param))
+    taken: bool = batch.add(p.tensors[0], p.tensors[1], p.state, p.group, spec_of(p.param))
     return taken
 
 
@@ -313,7 +314,7 @@ def _references(given: Groups) -> int:
 def _references_of_one() -> int:
     """What is counted where nobody else holds the state."""
     optimizer = SimpleNamespace(state={})
-    return _references(Groups([], optimizer.state, 0, "", False, Clipping(None, False)))
+    return _references(Groups([], optimizer.state, 0, "", Storage(False), 0, Clipping(None, False)))
 
 
 _REFERENCES_OF_ONE = _references_of_one()
@@ -344,7 +345,7 @@ def _launches_of_rows(algorithm: Algorithm, given: Groups, batch: Any) -> list[L
     return [
         Launch(
             algorithm,
-            given.lean,
+            given.storage,
             backends.choose(given.backend, device),
             device,
             DTYPES[param_dtype],
@@ -371,14 +372,15 @@ def _launches_of_tensors(algorithm: Algorithm, given: Groups, prepared: list[Pre
         launches.append(
             Launch(
                 algorithm,
-                given.lean,
+                given.storage,
                 backend,
                 device,
                 param_dtype,
                 grad_dtype,
                 tensors=[p.tensors for p in members],
-                steps=[p.step for p in members],
+                numbers_of=[p.numbers for p in members],
                 group_of=[p.group for p in members],
+                places=[p.place for p in members],
                 spread=spread,
                 known_steps=_host_reads(device),
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .plain import ordinary_mode
 
-ROW_WORDS, NUMBERS = 9, 16  # 64-bit words of a row of the table, and of a group's numbers: csrc/table.h
+MAX_SLOTS, ROW_WORDS, NUMBERS = 4, 14, 16  # of a row; 64-bit words of a row, and of a group's numbers: csrc/table.h
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what kernels load and store, numbered as there
 
 

@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
+#include <pybind11/stl.h>
 #include "dtype.h"
 
 namespace {
@@ -13,12 +15,18 @@ constexpr size_t kAhead = 4;  // parameters
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
   if (t.type_code == dlpack::kBfloat && t.type_bits == 16) return DType::bf16;
+  if (t.type_code == dlpack::kUInt && t.type_bits == 8) return DType::u8;
+  if (t.type_code == dlpack::kInt && t.type_bits == 8) return DType::i8;
+  if (t.type_code == dlpack::kInt && t.type_bits == 16) return DType::i16;
+  if (t.type_code == dlpack::kInt && t.type_bits == 64) return DType::i64;
   if (t.type_code != dlpack::kFloat) return std::nullopt;
   if (t.type_bits == 32) return DType::f32;
   if (t.type_bits == 64) return DType::f64;
   if (t.type_bits == 16) return DType::f16;
   return std::nullopt;
 }
+
+bool is_float(std::optional<DType> dtype) { return dtype && *dtype <= DType::bf16; }
 
 int64_t numel_of(const dlpack::Tensor& t) {
   int64_t n = 1;
@@ -95,8 +103,10 @@ py::object spec_of(PyObject* dtensor) {
 
 }  // namespace
 
-Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types, PlainTensors plain)
+Batch::Batch(py::tuple slots, py::list layouts, py::object place_of, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types,
+             PlainTensors plain)
     : slots_(slots),
+      place_of_(place_of),
       parameter_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[0]).ptr())),
       tensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[1]).ptr())),
       dtensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[2]).ptr())),
@@ -108,6 +118,14 @@ Batch::Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std
   if (!found || !found->tensor_from_object) throw std::invalid_argument("this torch's DLPack exchange API cannot describe a tensor");
   if (slots.size() > kMaxSlots) throw std::invalid_argument("a table's row has four slots");
   api_ = found;
+  if (layouts.size() != std::size(layouts_)) throw std::invalid_argument("a layout for each dtype of parameters");
+  for (size_t d = 0; d < layouts.size(); ++d) {
+    if (layouts[d].is_none()) continue;
+    const auto [dtypes, correction, random] = layouts[d].cast<std::tuple<std::vector<int>, int, bool>>();
+    if (dtypes.size() != slots.size()) throw std::invalid_argument("a dtype for each slot");
+    layouts_[d].known = true, layouts_[d].random = random, layouts_[d].corrected = correction >= 0, layouts_[d].correction = DType(correction);
+    for (size_t k = 0; k < dtypes.size(); ++k) layouts_[d].slot[k] = DType(dtypes[k]);
+  }
   for (const std::string& type : device_types) (type == "cpu" ? cpu_ : cuda_) = true;
 }
 
@@ -206,40 +224,67 @@ bool Batch::in_slab(int64_t address) const {
   return after != sorted_slabs_.begin() && address < std::prev(after)->second;
 }
 
-bool Batch::find(PyObject* state, PyObject* param, State& out) const {
-  static PyObject* const step_name = PyUnicode_InternFromString("step");
-  out.entry = entry_of(state, param);
-  if (!out.entry || !PyDict_Check(out.entry) || !(out.step = PyDict_GetItemWithError(out.entry, step_name))) return false;
+bool Batch::find(PyObject* entry, const Layout& layout, State& out) const {
+  static PyObject *const step = PyUnicode_InternFromString("step"), *const seed = PyUnicode_InternFromString("seed"),
+                         *const correction = PyUnicode_InternFromString("correction");
+  auto get = [&](PyObject* name, PyObject*& found) { return (found = PyDict_GetItemWithError(entry, name)) != nullptr; };
+  out.entry = entry, out.seed = out.correction = nullptr;
+  if (!entry || !PyDict_Check(entry) || !get(step, out.step)) return false;
   for (size_t k = 0; k < slots_.size(); ++k)
-    if (!(out.slots[k] = PyDict_GetItemWithError(out.entry, PyTuple_GET_ITEM(slots_.ptr(), k)))) return false;
-  return true;
+    if (!get(PyTuple_GET_ITEM(slots_.ptr(), k), out.slots[k])) return false;
+  return (!layout.random || get(seed, out.seed)) && (!layout.corrected || get(correction, out.correction));
+}
+
+// The address of a 0-dim tensor on the device of `beside`; 0 if it is none.
+int64_t Batch::number_at(PyObject* tensor, DType dtype, const dlpack::Tensor& beside) const {
+  dlpack::Tensor t;
+  const bool good = describe(tensor, t) && dtype_of(t) == dtype && t.ndim == 0 && t.device_type == beside.device_type && t.device_id == beside.device_id;
+  return good ? address_of(t) : 0;
+}
+
+// Where the elements of a parameter of this spec, or of none, lie in the whole tensor.
+void Batch::find_place(Kept& kept, const py::object& spec, int64_t numel) const {
+  const bool whole = !spec || spec.is_none();
+  if (whole) kept.spec = {}, kept.first = kept.stride = 0, kept.run = std::max<int64_t>(numel, 1);
+  else if (!kept.spec.is(spec)) {
+    std::tie(kept.first, kept.run, kept.stride) = place_of_(spec).cast<std::tuple<int64_t, int64_t, int64_t>>();
+    kept.spec = spec;
+  }
 }
 
 // Notes where the state lies, and dates that if it is ours; false if it is not as a kernel takes it.
 bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType dtype, const State& state) const {
-  const DType state_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
-  bool ours = state.entry && numel_of(p) * size_of(state_dtype) <= longest_slab_ && Py_TYPE(param) != dtensor_type_ &&
-              Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
-  dlpack::Tensor s;
-  kept.date = 0;
-  for (size_t k = 0; k < slots_.size(); ++k) {
-    ours = ours && Py_REFCNT(state.slots[k]) == 1;  // before `slot` is one more
-    const py::object slot = part_of(state.slots[k], param);
-    if (!slot || !describe(slot.ptr(), s) || dtype_of(s) != state_dtype || !same_place(p, s)) return false;
-    kept.slot[k] = address_of(s);
-    ours = ours && in_slab(kept.slot[k]);
+  const Layout& layout = layouts_[int(dtype)];
+  bool ours = numel_of(p) * size_of(layout.slot[0]) <= longest_slab_ && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 &&
+              Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  kept.date = kept.seed = kept.correction = 0;
+  auto look = [&](PyObject* like_param, DType stored, int64_t& address) {
+    dlpack::Tensor s;
+    ours = ours && Py_REFCNT(like_param) == 1;  // before `part` is one more
+    const py::object part = part_of(like_param, param);
+    if (!part || !describe(part.ptr(), s) || dtype_of(s) != stored || !same_place(p, s)) return false;
+    address = address_of(s);
+    ours = ours && in_slab(address);
+    return true;
+  };
+  for (size_t k = 0; k < slots_.size(); ++k)
+    if (!look(state.slots[k], layout.slot[k], kept.slot[k])) return false;
+  if (layout.corrected && !look(state.correction, layout.correction, kept.correction)) return false;
+  kept.step = number_at(state.step, DType::f32, p);
+  if (layout.random) {
+    kept.seed = number_at(state.seed, DType::i64, p);
+    ours = ours && Py_REFCNT(state.seed) == 1 && in_slab(kept.seed);
   }
-  if (!describe(state.step, s) || dtype_of(s) != DType::f32 || s.ndim != 0 || s.device_type != p.device_type || s.device_id != p.device_id) return false;
-  kept.step = address_of(s);
-  if (!ours || !in_slab(address_of(s))) return true;
+  if (!kept.step || (layout.random && !kept.seed)) return false;
+  if (!ours || !in_slab(kept.step)) return true;
   kept.date = date_;
   kept.place.ndim = p.ndim, kept.place.device_type = p.device_type, kept.place.device_id = p.device_id, kept.place.dtype = dtype;
   std::copy_n(p.shape, p.ndim, kept.place.shape), std::copy_n(p.strides, p.ndim, kept.place.strides);
   return true;
 }
 
-template <class FindState>
-bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindState find_state) {
+template <class FindEntry>
+bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindEntry find_entry) {
   // A description is valid until the next object's on this thread: keep only numbers of it. Shape and strides belong
   // to the tensor and stay.
   dlpack::Tensor p, g;
@@ -247,28 +292,27 @@ bool Batch::take(Kept& kept, PyObject* param, PyObject* grad, int group, py::obj
   if (!part || !grad_part || !describe(part.ptr(), p) || !describe(grad_part.ptr(), g)) return false;
   if (!(p.device_type == dlpack::kCPU ? cpu_ : is_gpu(p) && cuda_)) return false;
   const auto param_dtype = dtype_of(p), grad_dtype = dtype_of(g);
-  if (!param_dtype || !grad_dtype || !same_place(p, g)) return false;
+  if (!is_float(param_dtype) || !is_float(grad_dtype) || !same_place(p, g)) return false;
+  const Layout& layout = layouts_[int(*param_dtype)];
+  if (!layout.known) return false;
   const bool known = kept.date == date_ && kept.param == param && is_at(kept.place, p, *param_dtype);
   State state;
-  if (!known && (!dense(p) || !find_state(state) || !look_at(kept, param, p, *param_dtype, state))) return false;
+  if (!known && (!dense(p) || !find(find_entry(), layout, state) || !look_at(kept, param, p, *param_dtype, state))) return false;
   looked_at_ += !known;
-  Row row{address_of(p), address_of(g), {}, numel_of(p), group, kept.step};
+  if (Py_TYPE(param) == dtensor_type_ && (apart_ || layout.random)) spec = spec_of(param);
+  if (layout.random) find_place(kept, spec, numel_of(p));
+  Row row{address_of(p), address_of(g), {}, numel_of(p), group, kept.step, kept.correction, kept.seed, kept.first, kept.run, kept.stride};
+  if (!layout.random) row.run = std::max<int64_t>(row.numel, 1);
   std::copy_n(kept.slot, kMaxSlots, row.slot);
-  if (apart_ && Py_TYPE(param) == dtensor_type_) spec = spec_of(param);
   launch_for(p, *param_dtype, *grad_dtype, index_of(spec)).rows.push_back(row);
   grads_.push_back(py::reinterpret_borrow<py::object>(grad));
   kept.param = param;
   return true;
 }
 
-bool Batch::add(py::handle param, py::handle grad, py::list slots, py::handle step, int group, py::object spec) {
-  if (slots.size() != slots_.size()) throw std::invalid_argument("one tensor per slot");
+bool Batch::add(py::handle param, py::handle grad, py::dict state, int group, py::object spec) {
   Kept kept;
-  return take(kept, param.ptr(), grad.ptr(), group, spec, [&](State& state) {
-    state = {nullptr, step.ptr(), {}};
-    for (size_t k = 0; k < slots.size(); ++k) state.slots[k] = PyList_GET_ITEM(slots.ptr(), k);
-    return true;
-  });
+  return take(kept, param.ptr(), grad.ptr(), group, spec, [&] { return state.ptr(); });
 }
 
 py::list Batch::read(py::object params, py::dict state, int group) {
@@ -284,7 +328,7 @@ py::list Batch::read(py::object params, py::dict state, int group) {
     if (i + kAhead < n) fetch(items[i + kAhead]);
     Kept& kept = kept_[position_++];
     const py::object grad = grad_of(param);
-    if (grad.is_none() || take(kept, param, grad.ptr(), group, {}, [&](State& out) { return find(state.ptr(), param, out); })) continue;
+    if (grad.is_none() || take(kept, param, grad.ptr(), group, {}, [&] { return entry_of(state.ptr(), param); })) continue;
     kept.date = 0;
     left.append(i);
   }

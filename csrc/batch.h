@@ -14,10 +14,13 @@ constexpr int kKeptDims = 4;
 
 class Batch {
  public:
-  // `slots`: names of the state tensors, in the rule's order; `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
+  // `slots`: names of the state tensors, in the rule's order; `layouts`: for each dtype of parameters, how their state is stored
+  // (adabayes_fused.codes.Layout): the numbers of the slots' dtypes, of the correction's or -1, and whether there is a seed; None
+  // where none is. `place_of`: first, run and stride of a row, of a DTensor's spec. `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
   // when they are these very types and plain, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda",
   // the devices whose backend reads a table.
-  Batch(py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types, PlainTensors plain);
+  Batch(py::tuple slots, py::list layouts, py::object place_of, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types,
+        PlainTensors plain);
 
   // Forgets a step that failed, and what was known of the state.
   void clear();
@@ -32,9 +35,9 @@ class Batch {
   // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
   py::list read(py::object params, py::dict state, int group);
 
-  // Takes one parameter from plain tensors of one layout; false, and nothing taken, if they are not. `spec`: that of the
-  // DTensor they are the local parts of, else None.
-  bool add(py::handle param, py::handle grad, py::list slots, py::handle step, int group, py::object spec);
+  // Takes one parameter from plain tensors of one layout; false, and nothing taken, if they are not. `state`: by name. `spec`: that
+  // of the DTensor they are the local parts of, else None.
+  bool add(py::handle param, py::handle grad, py::dict state, int group, py::object spec);
 
   // One tuple a launch: (device type, device index, param dtype, grad dtype, address of the rows, number of rows, the spec of
   // its DTensors where they are kept apart).
@@ -47,6 +50,12 @@ class Batch {
   void release();
 
  private:
+  // How the state of parameters of one dtype is stored.
+  struct Layout {
+    bool known = false, random;
+    DType slot[kMaxSlots], correction;
+    bool corrected;
+  };
   struct Launch { int device_type, device_id; DType param, grad; int spec; std::vector<Row> rows; };
   // Device, dtype and layout of a parameter of few dimensions.
   struct Place {
@@ -63,29 +72,35 @@ class Batch {
     int64_t date = 0;
     PyObject* param = nullptr;
     Place place;  // the state's and the parameter's
-    int64_t step = 0;
+    int64_t step = 0, seed = 0, correction = 0;
     int64_t slot[kMaxSlots] = {};
+    py::object spec;  // of a DTensor, whose
+    int64_t first = 0, run = 0, stride = 0;  // these are
   };
   struct Slab {
     py::object tensor;
     int64_t begin, end;  // addresses
   };
-  struct State { PyObject *entry, *step, *slots[kMaxSlots]; };
+  struct State { PyObject *entry, *step, *slots[kMaxSlots], *correction, *seed; };
 
   void reset();
   bool describe(PyObject* object, dlpack::Tensor& out) const;
   py::object grad_of(PyObject* param) const;
   void fetch(PyObject* tensor) const;
   py::object part_of(PyObject* tensor, PyObject* placed_like) const;
-  bool find(PyObject* state, PyObject* param, State& out) const;
+  bool find(PyObject* entry, const Layout& layout, State& out) const;
   bool look_at(Kept& kept, PyObject* param, const dlpack::Tensor& described, DType dtype, const State& state) const;
+  int64_t number_at(PyObject* tensor, DType dtype, const dlpack::Tensor& beside) const;
+  void find_place(Kept& kept, const py::object& spec, int64_t numel) const;
   bool in_slab(int64_t address) const;
-  template <class FindState>
-  bool take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindState find_state);
+  template <class FindEntry>
+  bool take(Kept& kept, PyObject* param, PyObject* grad, int group, py::object spec, FindEntry find_entry);
   Launch& launch_for(const dlpack::Tensor& param, DType param_dtype, DType grad_dtype, int spec);
   int index_of(const py::object& spec);
 
   py::tuple slots_;
+  Layout layouts_[4];  // by the parameters' dtype
+  py::object place_of_;
   const PyTypeObject *parameter_type_, *tensor_type_, *dtensor_type_;
   const dlpack::Api* api_;  // static in torch
   PlainTensors plain_;

@@ -2,6 +2,7 @@
 // the compiler vectorises the one scalar rule, so nothing here may have external linkage but what bears its name.
 #include <algorithm>
 #include <utility>
+#include "codes.h"
 #include "cpu.h"
 #include "dispatch.h"
 #ifdef __SSE2__
@@ -88,6 +89,120 @@ void update_range(const Bucket& bucket, const Row& row, const double* corrected,
 #endif
 }
 
+// f(i) for each of n elements.
+template <class F>
+RULE_FN void each(int n, F f) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) f(i);
+}
+
+// A bfloat16 parameter from its weights and their correction, and back.
+void read_weights(Weight weight, const Row& row, int64_t begin, int n, float* __restrict block) {
+  const auto* high = reinterpret_cast<const bfloat16_t*>(row.param) + begin;
+  const auto *low8 = reinterpret_cast<const int8_t*>(row.correction) + begin;
+  const auto *low16 = reinterpret_cast<const int16_t*>(row.correction) + begin;
+  if (weight == Weight::plus8) each(n, [&](int i) { block[i] = joined(high[i], low8[i] * 256); });
+  else if (weight == Weight::plus16) each(n, [&](int i) { block[i] = joined(high[i], low16[i]); });
+  else each(n, [&](int i) { block[i] = widen(high[i]); });
+}
+
+void write_weights(Weight weight, const Row& row, int64_t begin, int n, const float* __restrict block, uint32_t at) {
+  auto* __restrict high = reinterpret_cast<bfloat16_t*>(row.param) + begin;
+  auto* __restrict low8 = reinterpret_cast<int8_t*>(row.correction) + begin;
+  auto* __restrict low16 = reinterpret_cast<int16_t*>(row.correction) + begin;
+  switch (weight) {
+    case Weight::nearest: return each(n, [&](int i) { narrow(block[i], high[i]); });
+    case Weight::stochastic: return each(n, [&](int i) { encode(block[i], word<1>(at + i), high[i]); });
+    case Weight::plus8: return each(n, [&](int i) { low8[i] = int8_t(parted24(block[i], word<1>(at + i), high[i]) >> 8); });
+    case Weight::plus16: return each(n, [&](int i) { low16[i] = int16_t(parted(block[i], high[i])); });
+  }
+}
+
+template <class Rule, State state, bool full>
+struct Stored {
+  static constexpr int slots = full ? Rule::slots : Rule::lean;
+
+  template <class S>
+  static S* at(const Row& row, int slot, int64_t begin) { return reinterpret_cast<S*>(row.slot[slot]) + begin; }
+
+  // Slots as floats: in `blocks`, unless the memory holds floats itself.
+  static void read(const Row& row, int64_t begin, int n, int unit, float (*blocks)[kBlock], float** slot) {
+    for (int s = 0; s < slots; ++s) slot[s] = state == State::wide ? at<float>(row, s, begin) : blocks[s];
+    if constexpr (state == State::bfloat16)
+      for (int s = 0; s < slots && s < Rule::reads; ++s) widen_all(at<bfloat16_t>(row, s, begin), n, blocks[s]);
+    if constexpr (state == State::small) {
+      const auto* first = at<m8_t>(row, 0, begin);
+      widen_all(at<typename Second<Rule>::type>(row, 1, begin), n, blocks[1]);
+      float *const values = blocks[0], *const second = blocks[1];
+      each(n, [&](int i) { values[i] = widen(first[i], scale<Rule>(second[i], unit)); });
+    }
+  }
+
+  static void write(const Row& row, int64_t begin, int n, int unit, float (*blocks)[kBlock], uint32_t at_first) {
+    if constexpr (state == State::bfloat16) {
+      auto *__restrict first = at<bfloat16_t>(row, 0, begin), *__restrict second = at<bfloat16_t>(row, 1, begin);
+      const float *__restrict values0 = blocks[0], *__restrict values1 = blocks[1];
+      each(n, [&](int i) {
+        const uint32_t random = word<0>(at_first + i);
+        encode(values0[i], turned(random), first[i]);
+        encode(values1[i], random, second[i]);
+      });
+      if constexpr (slots > 2) encode_turned<1>(blocks[2], n, at_first, at<bfloat16_t>(row, 2, begin));
+      if constexpr (slots > 3) encode_turned<2>(blocks[3], n, at_first, at<bfloat16_t>(row, 3, begin));
+    }
+    if constexpr (state == State::small) {
+      auto* __restrict first = at<m8_t>(row, 0, begin);
+      auto* __restrict second = at<typename Second<Rule>::type>(row, 1, begin);
+      const float *__restrict values0 = blocks[0], *__restrict values1 = blocks[1];
+      each(n, [&](int i) {
+        const uint32_t random = word<0>(at_first + i);
+        typename Second<Rule>::type code;
+        encode(values1[i], random, code);
+        encode(values0[i], turned(random), scale<Rule>(widen(code), unit), first[i]);
+        second[i] = code;
+      });
+    }
+  }
+
+ private:
+  template <class S>
+  static void widen_all(const S* __restrict from, int n, float* __restrict to) {
+    each(n, [&](int i) { to[i] = widen(from[i]); });
+  }
+
+  template <int j>
+  static void encode_turned(const float* __restrict from, int n, uint32_t at_first, bfloat16_t* __restrict to) {
+    each(n, [&](int i) { encode(from[i], turned(word<j>(at_first + i)), to[i]); });
+  }
+};
+
+// As `update_range`, where state or weights are codes.
+template <class Rule, State state, bool full>
+void update_coded(const Bucket& bucket, const Row& row, const double* corrected, int64_t begin, int64_t end) {
+  using Slots = Stored<Rule, state, full>;
+  const auto c = coefficients<Rule, float>(corrected);
+  const int64_t seed = row.seed ? *reinterpret_cast<const int64_t*>(row.seed) : 0;
+  const uint32_t from = key(seed, *reinterpret_cast<const float*>(row.step)) + uint32_t(row.first);
+  const int unit = int(seed >> 32);
+  alignas(64) float grad_block[kBlock], param_block[kBlock], blocks[kMaxSlots][kBlock];
+  float* slot[kMaxSlots] = {};
+  for (int64_t i = begin; i < end;) {
+    const int64_t in_run = i % row.run;  // places follow each other up to the end of a run
+    const int n = int(std::min<int64_t>({kBlock, end - i, row.run - in_run}));
+    const uint32_t at = from + uint32_t(i / row.run * row.stride + in_run);
+    const float* grad = read(bucket.grad, row.grad, i, n, grad_block);
+    float* param = param_block;
+    if (bucket.param == DType::bf16) read_weights(bucket.weight, row, i, n, param);
+    else param = read(bucket.param, row.param, i, n, param_block);
+    Slots::read(row, i, n, unit, blocks, slot);
+    sweep<Rule, float, full>(c, n, grad, param, slot[0], slot[1], slot[2], slot[3]);
+    Slots::write(row, i, n, unit, blocks, at);
+    if (bucket.param == DType::bf16) write_weights(bucket.weight, row, i, n, param, at);
+    else write(bucket.param, row.param, i, n, param);
+    i += n;
+  }
+}
+
 // Sixteen sums side by side, whatever the registers: every instruction set adds in the same order.
 constexpr int kWide = 4, kSums = 4;
 template <class T> struct Wide { typedef T type __attribute__((vector_size(kWide * sizeof(T)))); };
@@ -126,6 +241,11 @@ void NAMED(update, ISA)(const Bucket& bucket, const Row& row, const double* c, i
   with_rule(bucket.algorithm, [&](auto rule) {
     using Rule = typename decltype(rule)::type;
     const bool f64 = bucket.param == DType::f64;
+    if (bucket.state == State::small) return update_coded<Rule, State::small, false>(bucket, row, c, begin, end);
+    if (bucket.state == State::bfloat16 && bucket.full) return update_coded<Rule, State::bfloat16, true>(bucket, row, c, begin, end);
+    if (bucket.state == State::bfloat16) return update_coded<Rule, State::bfloat16, false>(bucket, row, c, begin, end);
+    if (bucket.weight != Weight::nearest && bucket.full) return update_coded<Rule, State::wide, true>(bucket, row, c, begin, end);
+    if (bucket.weight != Weight::nearest) return update_coded<Rule, State::wide, false>(bucket, row, c, begin, end);
     if (bucket.full) f64 ? update_range<Rule, double, true>(bucket, row, c, begin, end) : update_range<Rule, float, true>(bucket, row, c, begin, end);
     else f64 ? update_range<Rule, double, false>(bucket, row, c, begin, end) : update_range<Rule, float, false>(bucket, row, c, begin, end);
   });

@@ -6,14 +6,14 @@
 
 namespace {
 
-template <class Rule, class P, class G, bool full>
-__global__ void __launch_bounds__(kThreads, sizeof(P) == 4 ? 3 : 2) update(const Table table, DType grad_dtype) {
-  using T = typename Compute<P>::type;
+template <class K>
+__global__ void __launch_bounds__(kThreads, sizeof(typename K::P) == 4 ? 3 : 2) update(const Table table, DType grad_dtype, Weight weight) {
+  using T = typename K::T;
   __shared__ T c[kCoefficients];
   if (table.skipped()) return;
   if (threadIdx.x < kCoefficients) c[threadIdx.x] = T(coefficient(table, blockIdx.x, threadIdx.x));
   __syncthreads();
-  update_chunk<Rule, P, G, full>(table, coefficients<Rule, T>(c), grad_dtype, blockIdx.x, threadIdx.x, kThreads);
+  update_chunk<K>(table, coefficients<typename K::Rule, T>(c), grad_dtype, weight, blockIdx.x, threadIdx.x, kThreads);
   if (threadIdx.x == 0) count_step(table, blockIdx.x);
 }
 
@@ -70,6 +70,18 @@ Table table_of(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t d
   return {bucket.rows, at<int64_t>(chunks), at<unsigned long long>(chunks) + n_chunks, bucket.numbers, at<Decision>(decision)};
 }
 
+template <class Rule, class P, class G, bool parts = false, class F>
+void with_state(const Bucket& bucket, F f) {
+  if constexpr (std::is_same_v<P, bfloat16_t> && !parts)
+    if (bucket.weight != Weight::nearest) return with_state<Rule, P, G, true>(bucket, f);
+  if constexpr (!std::is_same_v<P, double>) {
+    if (bucket.state == State::small) return f(update<Kind<Rule, P, G, false, State::small, parts>>);
+    if (bucket.state == State::bfloat16)
+      return bucket.full ? f(update<Kind<Rule, P, G, true, State::bfloat16, parts>>) : f(update<Kind<Rule, P, G, false, State::bfloat16, parts>>);
+  }
+  bucket.full ? f(update<Kind<Rule, P, G, true, State::wide, parts>>) : f(update<Kind<Rule, P, G, false, State::wide, parts>>);
+}
+
 // f(the update of such a bucket)
 template <class F>
 void with_update(const Bucket& bucket, F f) {
@@ -79,7 +91,7 @@ void with_update(const Bucket& bucket, F f) {
       using P = typename decltype(param)::type;
       auto with_grad = [&](auto grad) {
         using G = typename decltype(grad)::type;
-        bucket.full ? f(update<Rule, P, G, true>) : f(update<Rule, P, G, false>);
+        with_state<Rule, P, G>(bucket, f);
       };
       bucket.param == bucket.grad ? with_grad(param) : with_grad(Type<AnyGrad>{});
     });
@@ -91,7 +103,7 @@ void with_update(const Bucket& bucket, F f) {
 void run_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t decision, int device, int64_t stream) {
   const DeviceGuard guard(device);
   const Table table = table_of(bucket, chunks, n_chunks, decision);
-  with_update(bucket, [&](auto kernel) { kernel<<<unsigned(n_chunks), kThreads, 0, at<CUstream_st>(stream)>>>(table, bucket.grad); });
+  with_update(bucket, [&](auto kernel) { kernel<<<unsigned(n_chunks), kThreads, 0, at<CUstream_st>(stream)>>>(table, bucket.grad, bucket.weight); });
   check(cudaGetLastError(), "launching the update");
 }
 

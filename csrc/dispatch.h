@@ -19,7 +19,7 @@ void with_dtype(DType dtype, F&& f) {
     case DType::f32: return f(Type<float>{});
     case DType::f64: return f(Type<double>{});
     case DType::f16: return f(Type<half_t>{});
-    case DType::bf16: return f(Type<bfloat16_t>{});
+    default: return f(Type<bfloat16_t>{});
   }
 }
 

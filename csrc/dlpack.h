@@ -6,7 +6,7 @@
 namespace dlpack {
 
 enum DeviceType : int32_t { kCPU = 1, kCUDA = 2, kROCM = 10 };
-enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Tensor {
   void* data;

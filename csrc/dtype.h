@@ -10,7 +10,10 @@
 #include <cuda_fp16.h>
 #endif
 
-RULE_FN int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+RULE_FN int64_t size_of(DType dtype) {
+  constexpr int8_t bytes[] = {4, 8, 2, 2, 1, 1, 2, 8};
+  return bytes[int(dtype)];
+}
 
 struct half_t { uint16_t bits; };
 struct bfloat16_t { uint16_t bits; };

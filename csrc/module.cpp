@@ -12,11 +12,12 @@
 
 namespace {
 
-using BucketNumbers = std::tuple<int, bool, int, int, int64_t, int64_t, int64_t>;
+using BucketNumbers = std::tuple<int, bool, int, int, int, int, int64_t, int64_t, int64_t>;
 
 Bucket bucket_of(const BucketNumbers& numbers) {
-  return std::apply([](int algorithm, bool full, int param, int grad, int64_t rows, int64_t n_rows, int64_t numbers) {
-    return Bucket{algorithm, full, DType(param), DType(grad), reinterpret_cast<const Row*>(rows), n_rows, reinterpret_cast<const double*>(numbers)};
+  return std::apply([](int algorithm, bool full, int state, int weight, int param, int grad, int64_t rows, int64_t n_rows, int64_t numbers) {
+    return Bucket{algorithm, full, State(state), Weight(weight), DType(param), DType(grad), reinterpret_cast<const Row*>(rows), n_rows,
+                  reinterpret_cast<const double*>(numbers)};
   }, numbers);
 }
 
@@ -47,8 +48,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("plain_tensors", [](py::list samples, uint64_t plain, uint64_t device_bits, py::object is_plain) {
     return std::make_unique<PlainTensors>(samples, plain, device_bits, is_plain);
   });
-  m.def("batch", [](py::tuple slots, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types, const PlainTensors& plain) {
-    return std::make_unique<Batch>(slots, tensor_types, api, device_types, plain);
+  m.def("batch", [](py::tuple slots, py::list layouts, py::object place_of, py::tuple tensor_types, py::capsule api,
+                    const std::vector<std::string>& device_types, const PlainTensors& plain) {
+    return std::make_unique<Batch>(slots, layouts, place_of, tensor_types, api, device_types, plain);
   });
 
   py::class_<PlainTensors>(m, "PlainTensors")

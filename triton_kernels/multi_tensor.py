@@ -9,7 +9,9 @@ import os
 import triton
 import triton.language as tl
 
-ROW_WORDS = tl.constexpr(9)
+from . import codes
+
+ROW_WORDS = tl.constexpr(14)
 COEFFICIENTS = tl.constexpr(8)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -31,12 +33,16 @@ def _pointer(row, word: tl.constexpr, dtype: tl.constexpr, begin, ALIGNED: tl.co
 
 
 @triton.jit
-def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+def _load_codes(pointer, offsets, left, FULL: tl.constexpr, EVICT: tl.constexpr):
     if FULL:
-        value = tl.load(pointer + offsets, eviction_policy=EVICT)
+        return tl.load(pointer + offsets, eviction_policy=EVICT)
     else:
-        value = tl.load(pointer + offsets, mask=offsets < left, other=0.0, eviction_policy=EVICT)
-    return value.to(dtype)
+        return tl.load(pointer + offsets, mask=offsets < left, other=0, eviction_policy=EVICT)
+
+
+@triton.jit
+def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+    return _load_codes(pointer, offsets, left, FULL, EVICT).to(dtype)
 
 
 @triton.jit
@@ -50,7 +56,11 @@ def _chunk(rows, chunks, CHUNK: tl.constexpr):
 
 @triton.jit
 def _store(pointer, offsets, left, value, FULL: tl.constexpr, EVICT: tl.constexpr):
-    value = narrow(value, pointer.dtype.element_ty)
+    _store_codes(pointer, offsets, left, narrow(value, pointer.dtype.element_ty), FULL, EVICT)
+
+
+@triton.jit
+def _store_codes(pointer, offsets, left, value, FULL: tl.constexpr, EVICT: tl.constexpr):
     if FULL:
         tl.store(pointer + offsets, value, eviction_policy=EVICT)
     else:
@@ -58,9 +68,76 @@ def _store(pointer, offsets, left, value, FULL: tl.constexpr, EVICT: tl.constexp
 
 
 @triton.jit
+def _load_state(pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexpr, CODE: tl.constexpr, INVERSE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+    if CODE == 2:
+        slot1 = _load_codes(pointers[1], i, left, FULL, EVICT)
+        slot1 = slot1.to(STATE) if INVERSE else codes.decode_u8(slot1)
+        slot0 = codes.decode_m8(_load_codes(pointers[0], i, left, FULL, EVICT), codes.scale(slot1, unit, INVERSE))
+    else:
+        slot0 = _load(pointers[0], i, left, STATE, FULL, EVICT)
+        slot1 = _load(pointers[1], i, left, STATE, FULL, EVICT)
+    slot2 = _load(pointers[2], i, left, STATE, FULL, EVICT) if READS > 2 else tl.zeros_like(slot0)
+    return slot0, slot1, slot2
+
+
+@triton.jit
+def _store_state(pointers, i, left, slots, at, unit, SLOTS: tl.constexpr, CODE: tl.constexpr, INVERSE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+    slot0, slot1, slot2, slot3 = slots
+    if CODE > 0:
+        random = codes.word(at, 0)
+        if CODE == 2 and not INVERSE:
+            slot1 = codes.encode_u8(slot1, random)
+        else:
+            slot1 = codes.encode_bfloat16(slot1, random)
+        if CODE == 2:
+            second = slot1.to(tl.float32) if INVERSE else codes.decode_u8(slot1)
+            slot0 = codes.encode_m8(slot0, codes.turned(random), codes.scale(second, unit, INVERSE))
+        else:
+            slot0 = codes.encode_bfloat16(slot0, codes.turned(random))
+        if SLOTS > 2:
+            slot2 = codes.encode_bfloat16(slot2, codes.turned(codes.word(at, 1)))
+        if SLOTS > 3:
+            slot3 = codes.encode_bfloat16(slot3, codes.turned(codes.word(at, 2)))
+    _store_codes(pointers[0], i, left, slot0, FULL, EVICT)
+    _store_codes(pointers[1], i, left, slot1, FULL, EVICT)
+    if SLOTS > 2:
+        _store_codes(pointers[2], i, left, slot2, FULL, EVICT)
+    if SLOTS > 3:
+        _store_codes(pointers[3], i, left, slot3, FULL, EVICT)
+
+
+@triton.jit
+def _load_weights(pointer, low, i, left, STATE: tl.constexpr, WEIGHT: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+    if WEIGHT > 1:
+        correction = _load(low, i, left, tl.int32, FULL, EVICT) * (256 if WEIGHT == 2 else 1)
+        return codes.joined(_load_codes(pointer, i, left, FULL, EVICT), correction)
+    else:
+        return _load(pointer, i, left, STATE, FULL, EVICT)
+
+
+@triton.jit
+def _store_weights(pointer, low, i, left, value, at, WEIGHT: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+    if WEIGHT == 0:
+        _store(pointer, i, left, value, FULL, EVICT)
+    elif WEIGHT == 1:
+        _store_codes(pointer, i, left, codes.encode_bfloat16(value, codes.word(at, 1)), FULL, EVICT)
+    else:
+        if WEIGHT == 2:
+            high, correction = codes.parted24(value, codes.word(at, 1))
+            correction = (correction >> 8).to(tl.int8)
+        else:
+            high, correction = codes.parted(value)
+            correction = correction.to(tl.int16)
+        _store_codes(pointer, i, left, high, FULL, EVICT)
+        _store_codes(low, i, left, correction, FULL, EVICT)
+
+
+@triton.jit
 def _update_chunk(
     row,
     c,
+    start_key,
+    unit,
     begin,
     left,
     RULE: tl.constexpr,
@@ -69,6 +146,9 @@ def _update_chunk(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    CODE: tl.constexpr,
+    WEIGHT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     EVICT: tl.constexpr,
@@ -77,25 +157,36 @@ def _update_chunk(
 ):
     param_ptr = _pointer(row, 0, PARAM, begin, FULL)
     grad_ptr = _pointer(row, 1, GRAD, begin, FULL)
-    ptr0 = _pointer(row, 2, STATE, begin, FULL)
-    ptr1 = _pointer(row, 3, STATE, begin, FULL)
-    ptr2 = _pointer(row, 4, STATE, begin, FULL)
-    ptr3 = _pointer(row, 5, STATE, begin, FULL)
+    low_ptr = _pointer(row, 9, tl.int8 if WEIGHT == 2 else tl.int16, begin, FULL)
+    pointers = (
+        _pointer(row, 2, STORED[0], begin, FULL),
+        _pointer(row, 3, STORED[1], begin, FULL),
+        _pointer(row, 4, STORED[0], begin, FULL),
+        _pointer(row, 5, STORED[0], begin, FULL),
+    )
+    INVERSE: tl.constexpr = STORED[1] == tl.bfloat16
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)
         grad = _load(grad_ptr, i, left, STATE, FULL, EVICT)
-        param = _load(param_ptr, i, left, STATE, FULL, EVICT)
-        slot0 = _load(ptr0, i, left, STATE, FULL, EVICT)
-        slot1 = _load(ptr1, i, left, STATE, FULL, EVICT)
-        slot2 = _load(ptr2, i, left, STATE, FULL, EVICT) if READS > 2 else tl.zeros_like(param)
+        param = _load_weights(param_ptr, low_ptr, i, left, STATE, WEIGHT, FULL, EVICT)
+        slot0, slot1, slot2 = _load_state(pointers, i, left, unit, READS, STATE, CODE, INVERSE, FULL, EVICT)
         param, slot0, slot1, slot2, slot3 = RULE(c, grad, param, slot0, slot1, slot2, tl.zeros_like(param), FAR)
-        _store(param_ptr, i, left, param, FULL, EVICT)
-        _store(ptr0, i, left, slot0, FULL, EVICT)
-        _store(ptr1, i, left, slot1, FULL, EVICT)
-        if SLOTS > 2:
-            _store(ptr2, i, left, slot2, FULL, EVICT)
-        if SLOTS > 3:
-            _store(ptr3, i, left, slot3, FULL, EVICT)
+        at = start_key + _places(row, begin, i, CODE, WEIGHT)
+        _store_weights(param_ptr, low_ptr, i, left, param, at, WEIGHT, FULL, EVICT)
+        _store_state(pointers, i, left, (slot0, slot1, slot2, slot3), at, unit, SLOTS, CODE, INVERSE, FULL, EVICT)
+
+
+@triton.jit
+def _places(row, begin, i, CODE: tl.constexpr, WEIGHT: tl.constexpr):
+    """Where elements lie in the whole tensor, modulo 2**32, but for where it begins."""
+    if CODE > 0 or WEIGHT > 0:
+        run = tl.load(row + 12)
+        e = begin + i
+        if run < tl.load(row + 6):
+            e = e // run * tl.load(row + 13) + e % run
+        return e.to(tl.uint32)
+    else:
+        return i.to(tl.uint32)
 
 
 @triton.jit
@@ -151,6 +242,9 @@ def multi_tensor(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
+    STORED: tl.constexpr,
+    CODE: tl.constexpr,
+    WEIGHT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     EVICT: tl.constexpr,
@@ -163,6 +257,7 @@ def multi_tensor(
     if DECIDED:
         left = tl.where(tl.load(decision + 2) != 0, 0, left)
     addresses = tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 4) | tl.load(row + 5)
+    addresses |= tl.load(row + 9)
     wide = (left >= CHUNK) & (addresses % 16 == 0)
     k = numbers + tl.load(row + 7) * 2 * COEFFICIENTS
     t = tl.load(tl.load(row + 8).to(tl.pointer_type(tl.float32))).to(tl.int32) + 1
@@ -176,10 +271,17 @@ def multi_tensor(
         _coefficient(k, 6, t, decision, DECIDED, CORRECTED).to(STATE),
         _coefficient(k, 7, t, decision, DECIDED, CORRECTED).to(STATE),
     )
+    start_key = (begin * 0).to(tl.uint32)
+    unit = t * 0
+    if CODE > 0 or WEIGHT > 0:
+        if tl.load(row + 10) != 0:
+            seed = tl.load(tl.load(row + 10).to(tl.pointer_type(tl.int64)))
+            start_key = codes.key(seed, t - 1) + tl.load(row + 11).to(tl.uint32)
+            unit = (seed >> 32).to(tl.int32)
     if wide:
-        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, FAR, True)
+        _update_chunk(row, c, start_key, unit, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, STORED, CODE, WEIGHT, CHUNK, BLOCK, EVICT, FAR, True)
     else:
-        _update_chunk(row, c, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, CHUNK, BLOCK, EVICT, FAR, False)
+        _update_chunk(row, c, start_key, unit, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, STORED, CODE, WEIGHT, CHUNK, BLOCK, EVICT, FAR, False)
     if DECIDED:
         if tl.load(decision + 2) == 0:
             _count_step(rows, chunks, tickets, CHUNK)

@@ -24,7 +24,7 @@ def unavailable(device: torch.device) -> str | None:
         return "this torch is built for ROCm; use backend='triton'"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU here (torch.cuda.is_available() is False); use backend='auto'"
-    why = _why_not((0, True, 0, 0), _index(device))
+    why = _why_not((0, True, 0, 0, 0, 0), _index(device))
     return f"{CANNOT_LOAD}: {why}; use backend='auto'" if why else None
 
 
@@ -83,7 +83,7 @@ def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
 
 def _prepare(launch: Launch) -> Callable[[], None]:
     table = _table(launch)
-    if why := _why_not(table[0][:4], _index(launch.device)):
+    if why := _why_not(table[0][:6], _index(launch.device)):
         raise RuntimeError(f"backend 'cuda' cannot run on {launch.device}: {CANNOT_LOAD}: {why}")
 
     def run() -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import codes
 from ..algorithms import corrected
 from ..scalars import wide
 from .launch import Copies, Launch, in_turn
@@ -121,30 +122,45 @@ def prepare(launches: list[Launch], copies: Copies) -> Callable[[], None]:
     return in_turn([_prepare(launch) for launch in launches], copies)
 
 
+class _Part(NamedTuple):
+    """Elements of one tensor of a launch that are in a block."""
+
+    tensor: int  # which of the launch's
+    begin: int
+    numel: int
+
+
 def _prepare(launch: Launch) -> Callable[[], None]:
-    rule = RULES[launch.algorithm.name]
+    rule, name, layout = RULES[launch.algorithm.name], launch.algorithm.name, launch.layout
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
     coefficients, which = _coefficients(launch, state_dtype)
     blocks = list(_blocks(launch, which))
-    largest = max((sum(tensors[0].numel() for tensors in block) for _, block in blocks), default=0)
+    largest = max((sum(part.numel for part in parts) for _, _, parts in blocks), default=0)
     scratch = [torch.empty(largest, dtype=state_dtype, device=launch.device) for _ in range(3)]
 
     def run() -> None:
         factor = skip = None
         if launch.decision is not None:
             factor, skip = launch.decision[0], launch.decision[2] != 0
-        for k, block in blocks:
+        for k, block, parts in blocks:
             columns = [list(column) for column in zip(*block, strict=True)]
             flat = [_flat(column) for column in columns]
-            param, grad, *slots = (t.to(state_dtype) for t in flat)
+            unit, at = _codes(launch, parts)
+            stored, low = flat[2 : 2 + len(layout.slots)], flat[2 + len(layout.slots) :]
+            slots = codes.decoded(name, stored, unit)
+            param = codes.decoded_weights(flat[0], *(low or [None])) if layout.weight else flat[0].to(state_dtype)
+            grad = flat[1].to(state_dtype)
             values, written = [param, *slots], [columns[0], *columns[2:]]
-            apart = len(block) > 1 or param is not flat[0]  # copies, which are written back
+            apart = len(block) > 1 or param is not flat[0] or layout.coded  # copies, which are written back
             before = None if skip is None else [t.clone() for t in values]
             c = coefficients[k] if factor is None else [(coefficients[k][0] * factor).to(state_dtype), *coefficients[k][1:]]
             rule(c, [t[: param.numel()] for t in scratch], grad, param, *slots)
             if skip is not None and before is not None:
                 for value, old in zip(values, before, strict=True):
                     torch.where(skip, old, value, out=value)
+            if layout.coded:
+                weights = codes.encoded_weights(layout.weight, param, at) if layout.weight else [param]
+                values = [weights[0], *codes.encoded(name, layout.dtypes, slots, unit, at), *weights[1:]]
             if apart:
                 split = (_unflatten(value, column) for value, column in zip(values, written, strict=True))
                 torch._foreach_copy_([t for column in written for t in column], [t for column in split for t in column])
@@ -153,6 +169,19 @@ def _prepare(launch: Launch) -> Callable[[], None]:
         torch._foreach_add_(launch.steps, taken, **({} if skip is None else dict(alpha=1)))
 
     return run
+
+
+def _codes(launch: Launch, parts: list[_Part]) -> tuple[Any, Any]:
+    """What codes take of each element: the exponent of its unit, and its key plus its place."""
+    if not launch.layout.random:
+        return None, None
+    units, ats = [], []
+    for tensor, begin, numel in parts:
+        step, seed = launch.numbers_of[tensor]
+        places = codes.places(launch.tensors[tensor][0].numel(), launch.places[tensor], seed.device)[begin : begin + numel]
+        ats.append(codes.key(seed, step.long()) + places & 0xFFFFFFFF)
+        units.append(codes.unit_of(seed).expand(numel))
+    return torch.cat(units), torch.cat(ats)
 
 
 def _flat(column: list[Tensor]) -> Tensor:
@@ -164,24 +193,28 @@ def _unflatten(value: Tensor, column: list[Tensor]) -> Tensors:
     return [value] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
 
 
-def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[Tensor]]]]:
+def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[Tensor]], list[_Part]]]:
     """Tensors of one row of coefficients, whole ones up to a block's size together, or one part of a larger one."""
     most = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE)
     block: list[list[Tensor]] = []
+    parts: list[_Part] = []
     block_k = numel = 0
-    for k, tensors in sorted(zip(which, launch.tensors, strict=True), key=lambda item: item[0]):
+    for t in sorted(range(len(which)), key=which.__getitem__):
+        k, tensors = which[t], launch.tensors[t]
         size = tensors[0].numel()
         if block and (k != block_k or numel + size > most):
-            yield block_k, _lines(block)
-            block, numel = [], 0
+            yield block_k, _lines(block), parts
+            block, parts, numel = [], [], 0
         if 2 * size > most:  # worth no copy
             (lines,) = _lines([tensors])
-            yield from ((k, [[line[i : i + most] for line in lines]]) for i in range(0, size, most))
+            for i in range(0, size, most):
+                yield k, [[line[i : i + most] for line in lines]], [_Part(t, i, min(most, size - i))]
         elif size:
             block.append(tensors)
+            parts.append(_Part(t, 0, size))
             block_k, numel = k, numel + size
     if block:
-        yield block_k, _lines(block)
+        yield block_k, _lines(block), parts
 
 
 def _lines(block: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..algorithms import Algorithm
-from ..table import ROW_WORDS, Table
+from ..codes import Layout, Storage
+from ..table import MAX_SLOTS, ROW_WORDS, Table
 
 CANNOT_LOAD = "its kernels cannot be loaded there"  # so begins the reason on a GPU, or a driver, they were not built for
 Copies = Sequence[tuple[Tensor, Tensor]]  # a parameter with gaps, and the dense tensor that is updated in its place
@@ -52,7 +53,7 @@ class Launch:
     ``tensors`` holds each parameter's (param, grad, *slots), ``steps`` its step count and ``group_of`` its parameter group."""
 
     algorithm: Algorithm
-    lean: bool
+    storage: Storage
     backend: str
     device: torch.device
     param_dtype: torch.dtype
@@ -60,7 +61,8 @@ class Launch:
     address: int = 0
     count: int = 0
     tensors: list[list[Tensor]] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
+    numbers_of: list[tuple[Tensor, ...]] = field(default_factory=list)  # step, seed
+    places: list[tuple[int, int, int]] = field(default_factory=list)  # first, run, stride (csrc/table.h)
     group_of: list[int] = field(default_factory=list)
     spread: tuple[Any, ...] = ()  # process groups over which its gradients are spread, where their norm is wanted
     far: bool = False  # some average moves by more than half, which takes a kernel of Triton's that can
@@ -75,8 +77,12 @@ class Launch:
     _brought: bool = False
 
     @property
-    def slots(self) -> int:
-        return len(self.algorithm.stored(self.lean))
+    def layout(self) -> Layout:
+        return self.storage.layout(self.algorithm, self.param_dtype)
+
+    @property
+    def steps(self) -> list[Tensor]:
+        return [numbers[0] for numbers in self.numbers_of]
 
     def __len__(self) -> int:
         return self.count or len(self.tensors)
@@ -87,15 +93,18 @@ class Launch:
         return self.backend, self.device, self.param_dtype, self.grad_dtype, self.spread, bool(self.address)
 
     def rows(self) -> bytes:
-        """The table's rows, of nine 64-bit words each."""
+        """The table's rows (csrc/table.h)."""
         if self.address:
             return ctypes.string_at(self.address, 8 * ROW_WORDS * self.count)
-        unused = [0] * (ROW_WORDS - 5 - self.slots)
-        words = [
-            [*(self._address(t) for t in tensors), *unused, tensors[0].numel(), group, step.data_ptr()]
-            for tensors, step, group in zip(self.tensors, self.steps, self.group_of, strict=True)
-        ]
+        words = [self._row(*entry) for entry in zip(self.tensors, self.numbers_of, self.group_of, self.places, strict=True)]
         return bytes((ctypes.c_int64 * (ROW_WORDS * len(words)))(*chain.from_iterable(words)))
+
+    def _row(self, tensors: list[Tensor], numbers: tuple[Tensor, ...], group: int, place: tuple[int, int, int]) -> list[int]:
+        slots = len(self.layout.slots)
+        addresses = [self._address(t) for t in tensors]
+        correction, seed = addresses[2 + slots :] or [0], [self._address(t) for t in numbers[1:]] or [0]
+        unused = [0] * (MAX_SLOTS - slots)
+        return [*addresses[: 2 + slots], *unused, tensors[0].numel(), group, self._address(numbers[0]), *correction, *seed, *place]
 
     def bring_table(self, chunk: int) -> Table:
         """The table on the device, for programs of ``chunk`` elements."""

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from .. import plain
+from ..algorithms import Algorithm
+from ..codes import Storage, described
+from ..sharding import place_of
 from ..table import DTYPES, NUMBERS, ROW_WORDS
 from .launch import Launch
 
@@ -34,19 +37,22 @@ _plain_tensors = module and module.plain_tensors(plain.samples(), plain.PLAIN, p
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
 
-def new_batch(slots: tuple[str, ...], device_types: set[str], dtensor: Any) -> Any:
+def new_batch(algorithm: Algorithm, storage: Storage, device_types: set[str], dtensor: Any) -> Any:
     """A reader of parameters and state in C++, or None where the module or torch's DLPack exchange API is missing."""
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or api is None or not device_types:
         return None
-    return module.batch(slots, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), _plain_tensors)
+    slots, layouts = algorithm.stored(storage.lean), described(storage, algorithm)
+    return module.batch(slots, layouts, place_of, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), _plain_tensors)
 
 
 def bucket(launch: Launch, rows: int, numbers: int) -> tuple[int, ...]:
     """The module's description of a launch whose rows and numbers lie at these addresses."""
     return (
         launch.algorithm.number,
-        not launch.lean,
+        not launch.storage.lean,
+        launch.layout.state,
+        launch.layout.weight,
         DTYPES.index(launch.param_dtype),
         DTYPES.index(launch.grad_dtype),
         rows,

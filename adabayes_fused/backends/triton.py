@@ -64,22 +64,26 @@ def load(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> 
 def _named(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
-    return {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    found = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return found.get(dtype, tl.uint8)
 
 
 def constants(launch: Launch) -> dict[str, Any]:
     """The compile-time arguments of ``multi_tensor`` for a launch."""
     from ..triton_kernels.rules import RULES
 
-    algorithm = launch.algorithm
+    algorithm, layout = launch.algorithm, launch.layout
     return dict(
         RULE=RULES[algorithm.name],
         CORRECTED=sum(1 << i for i, _ in algorithm.corrected),
-        READS=algorithm.lean if launch.lean else algorithm.reads,
-        SLOTS=launch.slots,
+        READS=algorithm.lean if launch.storage.lean else algorithm.reads,
+        SLOTS=len(layout.slots),
         PARAM=_named(launch.param_dtype),
         GRAD=_named(launch.grad_dtype),
         STATE=_named(torch.promote_types(launch.param_dtype, torch.float32)),
+        STORED=tuple(map(_named, layout.dtypes[:2])),
+        CODE=layout.state,
+        WEIGHT=layout.weight,
         CHUNK=CHUNK,
         BLOCK=BLOCK,
         EVICT=EVICT,
