@@ -75,7 +75,7 @@ class Storage(NamedTuple):
         return _layout(self, algorithm, dtype)
 
 
-@functools.cache  # each step asks
+@functools.lru_cache(maxsize=None, typed=True)  # each step asks
 def checked_storage(lean: bool, state_dtype: str, weight_rounding: str) -> Storage:
     """Raises for what is no option, or no combination of them."""
     storage = Storage(lean, state_dtype, weight_rounding)

@@ -21,20 +21,29 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from adabayes_fused.codes import Storage
+
 from .timing import Tell
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
-# algorithm, lean, param dtype, grad dtype, whether the device decides
-CASES = [(a, lean, dtype, dtype, False) for a, lean, dtype in itertools.product((0, 1), (False, True), (F32, BF16, F16))]
-CASES += [(0, False, F64, F64, False), (1, False, F64, F64, False), (0, False, F32, BF16, False), (1, True, BF16, F32, True)]
+FULL, LEAN = Storage(False), Storage(True)
+# algorithm, storage, param dtype, grad dtype, whether the device decides
+CASES = [(a, storage, dtype, dtype, False) for a, storage, dtype in itertools.product((0, 1), (FULL, LEAN), (F32, BF16, F16))]
+CASES += [(0, FULL, F64, F64, False), (1, FULL, F64, F64, False), (0, FULL, F32, BF16, False), (1, LEAN, BF16, F32, True)]
+CASES += [(a, Storage(lean, "bfloat16"), F32, F32, False) for a in (0, 1) for lean in (False, True)]
+CASES += [(a, Storage(True, "8bit"), F32, F32, False) for a in (0, 1)]
+CASES += [
+    (a, Storage(True, state, weights), BF16, BF16, False)
+    for a, state, weights in itertools.product((0, 1), ("bfloat16", "8bit"), ("stochastic", "24bit", "32bit"))
+]
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-def compile_case(target, index, lean, param, grad, decided):
+def compile_case(target, index, storage, param, grad, decided):
     """The compiled kernel, how wide each stream is in bytes a thread, loaded and stored, and the elements of a thread."""
     from adabayes_fused.triton_kernels.multi_tensor import multi_tensor
 
@@ -42,14 +51,15 @@ def compile_case(target, index, lean, param, grad, decided):
     from adabayes_fused.backends import triton as backend
     from adabayes_fused.backends.launch import Launch
 
-    launch = Launch(ALGORITHMS[index], lean, "triton", torch.device("cuda"), param, grad)
+    launch = Launch(ALGORITHMS[index], storage, "triton", torch.device("cuda"), param, grad)
     pointers = dict(rows="*i64", chunks="*i64", tickets="*i64", numbers="*fp64", decision="*fp64")
     kernel = compile_kernel(target, multi_tensor, pointers, backend.constants(launch) | dict(DECIDED=decided))
     elements = max(backend.BLOCK // (backend.OPTIONS["num_warps"] * target.warp_size), 1)
-    state = max(param.itemsize, 4)
-    reads = launch.algorithm.lean if lean else launch.algorithm.reads
-    loads = [elements * size for size in (param.itemsize, grad.itemsize, *[state] * reads)]
-    stores = [elements * size for size in (param.itemsize, *[state] * launch.slots)]
+    layout = launch.layout
+    reads = launch.algorithm.lean if storage.lean else launch.algorithm.reads
+    correction = [] if layout.correction is None else [layout.correction]
+    loads = [elements * dtype.itemsize for dtype in (param, grad, *layout.dtypes[:reads], *correction)]
+    stores = [elements * dtype.itemsize for dtype in (param, *layout.dtypes, *correction)]
     return kernel, dict(elements=elements, loads=loads, stores=stores)
 
 
@@ -137,9 +147,10 @@ def triton_rows(target: str, folder: Path) -> list[dict]:
     from adabayes_fused.algorithms import ALGORITHMS
 
     rows = []
-    for (index, lean, param, grad, skippable), kernel in zip(CASES, compile_apart(target, folder).values(), strict=True):
+    for (index, storage, param, grad, skippable), kernel in zip(CASES, compile_apart(target, folder).values(), strict=True):
         registers, spilled = usage_of(kernel)
-        name = f"{ALGORITHMS[index].name}{' lean' if lean else ''}{', may skip' if skippable else ''}"
+        name = f"{ALGORITHMS[index].name}{' lean' if storage.lean else ''}{', may skip' if skippable else ''}"
+        name += "".join(f", {given}" for given in storage[1:] if given not in ("float32", "nearest"))
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (param, grad)]
         rows.append(
             _row("triton", target, name, dtypes, registers, spilled, *(accesses(kernel["asm"], w) for w in ("load", "store")))

@@ -128,7 +128,7 @@ def installed(variant: Variant) -> Iterator[None]:
 def _caller(library: Path) -> Callable[..., None]:
     call, word = ctypes.CDLL(str(library)).run, ctypes.c_int64
     call.restype = ctypes.c_char_p
-    call.argtypes = [*[ctypes.c_int] * 4, *[word] * 6, ctypes.c_int, word]
+    call.argtypes = [*[ctypes.c_int] * 6, *[word] * 6, ctypes.c_int, word]
 
     def run_cuda(bucket, *arguments) -> None:
         if (error := call(*map(int, (*bucket, *arguments)))) is not None:

@@ -369,7 +369,7 @@ def test_a_parameter_made_in_inference_mode_is_refused_outside(backend):
 
 
 def test_a_kernel_is_given_no_foreign_address():
-    fields = dict.fromkeys(("algorithm", "lean", "backend"))
+    fields = dict.fromkeys(("algorithm", "storage", "backend"))
     where = dict(device=torch.device("cpu"), param_dtype=torch.float32, grad_dtype=torch.float32)
     for t in (torch.empty(3, device="meta"), torch.empty(3)):
         if not t.is_meta:
