@@ -4,7 +4,7 @@ The same names in the same order as ``csrc/codes.h``, which says what each code 
 code each tensor has. Rounding is stochastic, by a function of the parameter's seed, its step and the element's place in the
 whole tensor, so that every backend, chunking and sharding gives the same bits.
 
-A float here is a float32 tensor; its bits, codes and random numbers are int32 and int64 tensors that hold whole numbers.
+A float here is a float32 tensor; its bits, and random numbers of 32 bits, are int32 tensors.
 """
 
 from __future__ import annotations
@@ -124,45 +124,53 @@ def described(storage: Storage, algorithm: Algorithm) -> list[Any]:
 
 # --- Random numbers ---------------------------------------------------------------------------------------------------
 
-_32 = 0xFFFFFFFF
+
+def _signed(n: int) -> int:
+    """32 bits as torch's int32 takes them."""
+    return n - (n >> 31 << 32)
 
 
-def mix(x: Any) -> Any:
-    """Of whole numbers below 2**32, int64 tensors or Python's, such numbers."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _32
-    x = (x ^ (x >> 15)) * 0x846CA68B & _32
-    return x ^ (x >> 16)
+def _upper(x: Tensor, bits: int) -> Tensor:
+    """The upper bits of 32, as a number without a sign."""
+    return x >> 32 - bits & (1 << bits) - 1
 
 
-def key(seed: Any, step: Any) -> Any:
+def mix(x: Tensor) -> Tensor:
+    x = (x ^ _upper(x, 16)) * 0x7FEB352D
+    x = (x ^ _upper(x, 17)) * _signed(0x846CA68B)
+    return x ^ _upper(x, 16)
+
+
+def key(seed: Tensor, step: Tensor) -> Tensor:
     """``step``: the count of the steps before this one."""
-    return mix(mix(seed & _32) + step + 1 & _32)
+    return mix(mix(seed.to(torch.int32)) + step.to(torch.int32) + 1)
 
 
 def word(at: Tensor, j: int) -> Tensor:
-    return mix(at + j * 0x9E3779B9 & _32)
+    return mix(at + _signed(j * 0x9E3779B9 & 0xFFFFFFFF))
 
 
 def turned(word: Tensor) -> Tensor:
-    return (word << 16 | word >> 16) & _32
+    return word << 16 | _upper(word, 16)
 
 
 def new_seed(seed: int, position: int, r: float) -> int:
     """What ``state[p]["seed"]`` begins as: the seed of the parameter at this position in the optimizer's groups in the low
     half; in the high one the exponent of the unit of an 8-bit ``exp_avg``, from the group's ``r``."""
     unit = 60 if r == math.inf else round(min(max(math.log2(r), -60.0), 60.0))
-    return unit << 32 | mix(mix(seed & _32) + (seed >> 32) + position & _32)
+    low, high = (torch.tensor(_signed(half), dtype=torch.int32, device="cpu") for half in (seed & 0xFFFFFFFF, seed >> 32))
+    return unit << 32 | int(mix(mix(low) + high + position)) & 0xFFFFFFFF
 
 
 def unit_of(seed: Any) -> Any:
     return seed >> 32
 
 
-def places(numel: int, place: Sequence[int], device: torch.device) -> Tensor:
-    """Where each element of a part lies in the whole tensor, modulo 2**32; ``place``: first, run, stride (csrc/table.h)."""
+def places(begin: int, numel: int, place: Sequence[int], device: torch.device) -> Tensor:
+    """Where elements of a part lie in the whole tensor, modulo 2**32; ``place``: first, run, stride (csrc/table.h)."""
     first, run, stride = place
-    i = torch.arange(numel, dtype=torch.int64, device=device)
-    return first + (i if numel <= run else i // run * stride + i % run) & _32
+    i = torch.arange(begin, begin + numel, dtype=torch.int64, device=device)
+    return (first + (i if begin + numel <= run else i // run * stride + i % run)).to(torch.int32)
 
 
 # --- Codes of state ---------------------------------------------------------------------------------------------------
@@ -176,10 +184,14 @@ def _float(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
+def _special(x: Tensor) -> Tensor:
+    """The upper half of an infinity, and of the one NaN."""
+    return torch.where(x.isnan(), 0x7FC0, _bits(x) >> 16)
+
+
 def encode_bfloat16(x: Tensor, random: Tensor) -> Tensor:
-    b = _bits(x)
-    special = torch.where(x.isnan(), 0x7FC0, b >> 16)
-    return torch.where(x.isfinite(), b + (random >> 16) >> 16, special).to(torch.int16).view(torch.bfloat16)
+    code = _bits(x) + _upper(random, 16) >> 16
+    return torch.where(x.isfinite(), code, _special(x)).to(torch.int16).view(torch.bfloat16)
 
 
 def decode_u8(code: Tensor) -> Tensor:
@@ -188,7 +200,7 @@ def decode_u8(code: Tensor) -> Tensor:
 
 
 def encode_u8(x: Tensor, random: Tensor) -> Tensor:
-    code = (_bits(x.clamp(2.0**-30, 3.5)) + (random >> 12) >> 20) - (97 << 3)
+    code = (_bits(x.clamp(2.0**-30, 3.5)) + _upper(random, 20) >> 20) - (97 << 3)
     return torch.where(x.isfinite(), code, 255).to(torch.uint8)
 
 
@@ -204,7 +216,7 @@ def decode_m8(code: Tensor, exponent: Tensor) -> Tensor:
 
 def encode_m8(x: Tensor, random: Tensor, exponent: Tensor) -> Tensor:
     scaled = (x.abs() * _float(exponent + 127 << 23)).clamp(0.0, 56 - 2.0**-10)
-    code = _bits(scaled + 2.0**-10) - _SMALLEST + (random >> 12) >> 20
+    code = _bits(scaled + 2.0**-10) - _SMALLEST + _upper(random, 20) >> 20
     return (torch.where(x.isfinite(), code, 127) | (_bits(x) >> 24 & 128)).to(torch.uint8)
 
 
@@ -223,29 +235,22 @@ def scale(algorithm: str, second: Tensor, unit: Any) -> Tensor:
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:
-    return _float((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32))
+    return _float((high.view(torch.int16).to(torch.int32) << 16) + low)
 
 
 def parted(x: Tensor) -> tuple[Tensor, Tensor]:
-    b, finite = _bits(x), x.isfinite()
-    half = b.to(torch.int64) + 0x8000 >> 16
-    high = torch.where(finite, half, _bits_of_special(x)).to(torch.int16)
-    low = torch.where(finite, b.to(torch.int64) - (half << 16), 0)
-    return high.view(torch.bfloat16), low
+    finite, half = x.isfinite(), _bits(x) + 0x8000 >> 16
+    high = torch.where(finite, half, _special(x)).to(torch.int16)
+    return high.view(torch.bfloat16), torch.where(finite, _bits(x) - (half << 16), 0)
 
 
 def parted24(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    rounded = _float(_bits(x).to(torch.int64) + (random >> 24) & ~255)
-    return parted(torch.where(x.isfinite(), rounded, x))
-
-
-def _bits_of_special(x: Tensor) -> Tensor:
-    return torch.where(x.isnan(), 0x7FC0, _bits(x) >> 16)
+    return parted(torch.where(x.isfinite(), _float(_bits(x) + _upper(random, 8) & ~255), x))
 
 
 # --- A parameter's tensors --------------------------------------------------------------------------------------------
 
-NEAREST = 1 << 31  # in place of a random number
+NEAREST = -1 << 31  # half of all, in place of a random number
 
 
 def decoded(algorithm: str, slots: Sequence[Tensor], unit: Any) -> list[Tensor]:
@@ -261,7 +266,7 @@ def encoded(algorithm: str, dtypes: Sequence[torch.dtype], values: Sequence[Tens
 
     def random(slot: int) -> Any:  # csrc/codes.h
         if at is None:
-            return torch.tensor(NEAREST, device=values[0].device)
+            return torch.tensor(NEAREST, dtype=torch.int32, device=values[0].device)
         drawn = word(at, slot // 2 if slot != 3 else 2)
         return drawn if slot == 1 else turned(drawn)
 
@@ -295,7 +300,7 @@ def constant(value: float, dtype: torch.dtype) -> float:
     """What a slot is filled with that is ``value`` everywhere."""
     if dtype != torch.uint8 or value == 0.0:
         return value
-    return int(encode_u8(torch.tensor(value, dtype=torch.float32, device="cpu"), torch.tensor(NEAREST, device="cpu")))
+    return int(encode_u8(torch.tensor(value, dtype=torch.float32, device="cpu"), torch.tensor(NEAREST, dtype=torch.int32, device="cpu")))
 
 
 def stored_as(algorithm: Algorithm, layout: Layout, tensors: Mapping[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Case:
         self.parameters = count(self.shapes)
         self.shared = self.parameters > SHARED_ABOVE
         self.start: list = []  # made once
-        everyone = contenders(self.device, self.loop)
+        everyone = contenders(self.device, self.loop, self.dtype)
         self.all = everyone
         self.contenders = {n: c for n, c in everyone.items() if chosen(c, options.contenders)}
         about = dict(what=what, case=name, title=title, device=self.device, dtype=str(self.dtype).removeprefix("torch."))

@@ -34,13 +34,13 @@ class Contender(NamedTuple):
     detail: bool = False  # tables only, not pictures
 
 
-def contenders(device: str, loop: Loop = PLAIN) -> dict[str, Contender]:
+def contenders(device: str, loop: Loop = PLAIN, dtype: torch.dtype = torch.bfloat16) -> dict[str, Contender]:
     """All of them, by name; the first in each family is the one to look at. Where the loop clips, ours do so within the step,
-    the others by torch's function."""
+    the others by torch's function. ``dtype``: the parameters'; bfloat16 ones may be rounded in several ways."""
     others = (*torch_adamw(), *slow_paths(), *peers())
     if any(loop):
         others = tuple(c._replace(make=within(loop, device, c.make)) for c in others)
-    own = ours(device, loop.clipped)
+    own = ours(device, loop.clipped, dtype)
     if loop.scaled:
         own = [c._replace(make=within(loop._replace(clipped=False), device, c.make)) for c in own]
     return {c.name: c for c in (*own, *others)}
@@ -70,22 +70,33 @@ def within(loop: Loop, device: str, make: Callable[[list], Any]) -> Callable[[li
     return make_within
 
 
-def ours(device: str, clipped: bool) -> list[Contender]:
+# state_dtype and weight_rounding, of lean state
+PRESETS = [("bfloat16", "nearest"), ("8bit", "nearest")]
+OF_BFLOAT16 = [("bfloat16", "32bit"), ("8bit", "24bit"), ("8bit", "stochastic")]  # weights
+
+
+def ours(device: str, clipped: bool, dtype: torch.dtype) -> list[Contender]:
     auto = backends.choose("auto", torch.device(device))
     expected = backends.PREFERRED.get(device, ("foreach",))
+    storages = [(False, "float32", "nearest"), (True, "float32", "nearest"), *((True, *preset) for preset in PRESETS)]
+    storages += [(True, *preset) for preset in OF_BFLOAT16 if dtype == torch.bfloat16]
     return [
-        _ours(b, lean, fp, b != auto, MAX_GRAD_NORM if clipped else None)
+        _ours(b, fp, *storage, b != auto, MAX_GRAD_NORM if clipped else None)
         for b in (auto, *(b for b in expected if b != auto))
         for fp in (0, 1)
-        for lean in (0, 1)
+        for storage in storages
     ]
 
 
-def _ours(backend: str, lean: int, fp: int, detail: bool, max_grad_norm: float | None) -> Contender:
-    options = dict(lr=1e-3, weight_decay=WEIGHT_DECAY, lean=bool(lean), backend=backend, max_grad_norm=max_grad_norm)
+def _ours(backend: str, fp: int, lean: bool, state: str, weights: str, detail: bool, max_grad_norm: float | None) -> Contender:
+    options = dict(lr=1e-3, weight_decay=WEIGHT_DECAY, lean=lean, backend=backend, max_grad_norm=max_grad_norm)
+    options |= dict(state_dtype=state, weight_rounding=weights)
     make = (lambda p: AdaBayesFP(p, **options)) if fp else (lambda p: AdaBayes(p, batch_size=128, **options))
-    name = ("AdaBayes-FP" if fp else "AdaBayes") + (" lean" if lean else "")
-    judge = "slow path AdaBayes-FP" if fp else "slow path AdaBayes"
+    name = ("AdaBayes-FP" if fp else "AdaBayes") + (" lean" if lean else "") + (f" {state}" if state != "float32" else "")
+    name += f" with {weights} weights" if weights != "nearest" else ""
+    judge: str | None = "slow path AdaBayes-FP" if fp else "slow path AdaBayes"
+    if state != "float32" or weights != "nearest":  # whose random numbers no other has but itself
+        judge = f"{name}, foreach" if backend != "foreach" else None
     return Contender(f"{name}, {backend}" if detail else name, "ours", make, judge, backend=backend, detail=detail)
 
 
@@ -125,7 +136,7 @@ def peers() -> list[Contender]:
     judge = "torch AdamW for-loop"
     return [
         _peer("torch-optimi", "AdamW", lambda p, optimi: optimi.AdamW(p, **ADAM), "optimi", judge),
-        _peer("flashoptim", "AdamW", lambda p, flash: flash.FlashAdamW(p, **ADAM), "flashoptim"),
+        _peer("flashoptim", "AdamW", lambda p, flash: flash.FlashAdamW(p, **ADAM, master_weight_bits=_flash_bits(p)), "flashoptim"),
         _peer("torchao", "AdamW8bit", lambda p, optim: optim.AdamW8bit(p, **ADAM), "torchao.optim", compiles=True),
         _peer("bitsandbytes", "AdamW8bit", lambda p, bnb: bnb.optim.AdamW8bit(p, **ADAM), "bitsandbytes"),
         _peer("apex", "FusedAdam", lambda p, optimizers: optimizers.FusedAdam(p, **ADAM), "apex.optimizers", judge),
@@ -144,6 +155,11 @@ def _peer(package: str, title: str, make, module: str, judge: str | None = None,
         return make(params, imported)
 
     return Contender(f"{package} {title}", "peer", make_peer, judge, compiles)
+
+
+def _flash_bits(params) -> int | None:
+    """It takes its default, 24, where some weights have fewer bits."""
+    return None if all(p.dtype == torch.float32 for p in params) else 24
 
 
 def _ivon(optimizer):

@@ -61,7 +61,7 @@ def judged(rows: list[dict]) -> Iterator[tuple[Target, str, float | str]]:
         of_case = {row["contender"]: row for row in rows if (row["what"], row["case"]) == ("step", target.case)}
         for name, row in of_case.items():
             lean = name.removeprefix("AdaBayes").startswith(" lean")
-            fused = row.get("backend") in ("cuda", "triton") and not name.startswith("AdaBayes-FP")
+            fused = row.get("backend") in ("cuda", "triton") and name.partition(",")[0] in ("AdaBayes", "AdaBayes lean")
             if not fused or target.of not in ("", "lean" if lean else "full"):
                 continue
             shown = f"{'lean' if lean else 'full'}, {row['backend']}"

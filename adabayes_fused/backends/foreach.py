@@ -178,8 +178,7 @@ def _codes(launch: Launch, parts: list[_Part]) -> tuple[Any, Any]:
     units, ats = [], []
     for tensor, begin, numel in parts:
         step, seed = launch.numbers_of[tensor]
-        places = codes.places(launch.tensors[tensor][0].numel(), launch.places[tensor], seed.device)[begin : begin + numel]
-        ats.append(codes.key(seed, step.long()) + places & 0xFFFFFFFF)
+        ats.append(codes.places(begin, numel, launch.places[tensor], seed.device).add_(codes.key(seed, step)))
         units.append(codes.unit_of(seed).expand(numel))
     return torch.cat(units), torch.cat(ats)
 
