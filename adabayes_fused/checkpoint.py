@@ -102,7 +102,7 @@ def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]
             )
 
 
-def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]]) -> Slabs:
+def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list[dict[str, Any]], told: bool) -> Slabs:
     """Puts the hidden tensors in place, in our dtype, on the parameter's device. A tensor that a CUDA graph or a compiled
     step may read stays where it is and takes the loaded value; such are written last, once nothing can fail. Returns the memory
     that small state lies in."""
@@ -137,7 +137,7 @@ def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list
             "The weights go on as they would have.",
             stacklevel=5,
         )
-    if converted:
+    if converted and not told:
         kinds = "; ".join(sorted(f"{saved} became {here}" for saved, here in converted))
         warnings.warn(f"the loaded state was stored otherwise than here, and is rounded to nearest: {kinds}", stacklevel=5)
     return slabs

@@ -351,11 +351,15 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
+        self._load(state_dict, told=False)
+
+    def _load(self, state_dict: dict[str, Any], told: bool) -> None:
+        """``told``: whether the user knows that the state was stored otherwise."""
         before, known = (self.state, self.param_groups), self._known_sgd_lrs
 
         def restore(optimizer: Any) -> None:
             nonlocal before
-            self._stepper.use_slabs(checkpoint.restore(optimizer, *before))
+            self._stepper.use_slabs(checkpoint.restore(optimizer, *before, told))
             before = optimizer.state, optimizer.param_groups  # a hook of the user's that fails after this undoes nothing
 
         hooks = [
@@ -384,7 +388,7 @@ class _FusedOptimizer(Optimizer):
 
         Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
         """
-        self.load_state_dict(warm_start.from_adam(self.algorithm, self.param_groups, state_dict))
+        self._load(warm_start.from_adam(self.algorithm, self.param_groups, state_dict), told=True)
 
 
 class AdaBayes(_FusedOptimizer):

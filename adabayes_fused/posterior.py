@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import ADABAYES_FP, _number, adabayes_coefficients, corrected, present, variance_units
+from .codes import decode_u8
 from .optimizer import _FusedOptimizer
 from .prepare import as_real, wide_dtype
 from .scalars import on, scalars, wide
@@ -99,8 +100,10 @@ class Reading:
         return name in self.algorithm.stored(self.lean)
 
     def _slot(self, name: str) -> Tensor:
-        slot = local(placed_like(self.param, self.state[name]))
-        return as_real(slot.detach()).to(self.dtype)
+        slot = local(placed_like(self.param, self.state[name])).detach()
+        if slot.dtype == torch.uint8:  # a variance: nothing here reads exp_avg
+            slot = decode_u8(slot)
+        return as_real(slot).to(self.dtype)
 
     @property
     def _last_step(self) -> Any:

@@ -53,8 +53,9 @@ def compile_case(target, index, storage, param, grad, decided):
 
     launch = Launch(ALGORITHMS[index], storage, "triton", torch.device("cuda"), param, grad)
     pointers = dict(rows="*i64", chunks="*i64", tickets="*i64", numbers="*fp64", decision="*fp64")
-    kernel = compile_kernel(target, multi_tensor, pointers, backend.constants(launch) | dict(DECIDED=decided))
-    elements = max(backend.BLOCK // (backend.OPTIONS["num_warps"] * target.warp_size), 1)
+    constants = backend.constants(launch, target.warp_size)
+    kernel = compile_kernel(target, multi_tensor, pointers, constants | dict(DECIDED=decided))
+    elements = max(constants["BLOCK"] // (backend.OPTIONS["num_warps"] * target.warp_size), 1)
     layout = launch.layout
     reads = launch.algorithm.lean if storage.lean else launch.algorithm.reads
     correction = [] if layout.correction is None else [layout.correction]

@@ -68,11 +68,12 @@ def _named(dtype: torch.dtype) -> Any:
     return found.get(dtype, tl.uint8)
 
 
-def constants(launch: Launch) -> dict[str, Any]:
-    """The compile-time arguments of ``multi_tensor`` for a launch."""
+def constants(launch: Launch, lanes: int = 64 if torch.version.hip else 32) -> dict[str, Any]:
+    """The compile-time arguments of ``multi_tensor`` for a launch, on GPUs whose warps have so many lanes."""
     from ..triton_kernels.rules import RULES
 
     algorithm, layout = launch.algorithm, launch.layout
+    widest = max(dtype.itemsize for dtype in (launch.param_dtype, launch.grad_dtype, *layout.dtypes))
     return dict(
         RULE=RULES[algorithm.name],
         CORRECTED=sum(1 << i for i, _ in algorithm.corrected),
@@ -85,7 +86,7 @@ def constants(launch: Launch) -> dict[str, Any]:
         CODE=layout.state,
         WEIGHT=layout.weight,
         CHUNK=CHUNK,
-        BLOCK=BLOCK,
+        BLOCK=max(BLOCK, 16 // widest * OPTIONS["num_warps"] * lanes),  # 16 bytes a thread of the widest stream
         EVICT=EVICT,
         FAR=launch.far,
     )
