@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def cuda_variants(folder: Path, arch: str, some: list[dict]) -> Iterator[tuple[V
     full = [BASE_CUDA | options for options in some]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for options, (library, said) in zip(full, pool.map(lambda o: build(o, folder, arch), full), strict=True):
-            pattern = r"updateI8AdaBayesffLb1E.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+            pattern = r"updateI4KindI8AdaBayesffLb1EL5State0ELb0E.*?(\d+) bytes spill stores.*?Used (\d+) registers"
             found = re.search(pattern, said, re.DOTALL)
             yield Variant("cuda", options, library), dict(registers=int(found[2]), spilled_bytes=int(found[1]))
 
@@ -97,7 +97,7 @@ def compiled(folder: Path, arch: str) -> dict:
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
-    kernel, _ = kernels.compile_case(GPUTarget("cuda", int(arch[3:]), 32), 0, False, torch.float32, torch.float32, False)
+    kernel, _ = kernels.compile_case(GPUTarget("cuda", int(arch[3:]), 32), 0, kernels.FULL, torch.float32, torch.float32, False)
     (folder / "cubin").write_bytes(kernel.asm["cubin"])
     command = [knobs.nvidia.cuobjdump.path, "-res-usage", folder / "cubin"]
     usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -140,31 +140,34 @@ def _caller(library: Path) -> Callable[..., None]:
 # --- Measuring ----------------------------------------------------------------------------------------------------------
 
 
+STORED: dict[str, dict[str, Any]] = {"lean": dict(lean=True), "full": {}, "8bit": dict(lean=True, state_dtype="8bit")}
+
+
 class Bench:
-    """The cases, full and lean, whose steps are timed with whatever is installed."""
+    """The cases, stored in each way, whose steps are timed with whatever is installed."""
 
     def __init__(self, device: str, cases: list[str]) -> None:
         self.device, self.steps = device, {}
         for case in cases:
             _, shapes, dtype, _ = case_of(case)
             params = random_parameters(shapes, device, dtype)
-            for lean in (True, False):
-                self.steps[case, lean] = (params, {}, count(shapes))
+            for stored in STORED:
+                self.steps[case, stored] = (params, {}, count(shapes))
         self.small = random_parameters([(300, 7), (5,), (), (33_001,), (3, 50_001)], device)
 
-    def optimizer(self, case: str, lean: bool, backend: str):
-        params, made, _ = self.steps[case, lean]
+    def optimizer(self, case: str, stored: str, backend: str):
+        params, made, _ = self.steps[case, stored]
         if not made:
-            made["one"] = AdaBayes(params, batch_size=128, lean=lean, backend=backend)
+            made["one"] = AdaBayes(params, batch_size=128, backend=backend, **STORED[stored])
         made["one"].backend = backend
         return made["one"]
 
     def weights(self, backend: str) -> list[torch.Tensor]:
         """After two steps: what each variant must give."""
         found = []
-        for lean in (False, True):
+        for stored in STORED.values():
             params = copies(self.small)
-            optimizer = AdaBayes(params, batch_size=128, lean=lean, backend=backend)
+            optimizer = AdaBayes(params, batch_size=128, backend=backend, **stored)
             for _ in range(2):
                 optimizer.step()
             found += [p.detach() for p in params]
@@ -198,12 +201,12 @@ class Bench:
         return 8 * n / self.seconds(lambda: target.copy_(source), True) / 1e9
 
     def rows(self, variant: Variant, copy: float) -> Iterator[dict]:
-        for (case, lean), (params, _, _) in self.steps.items():
-            optimizer = self.optimizer(case, lean, variant.backend)
+        for (case, stored), (params, _, _) in self.steps.items():
+            optimizer = self.optimizer(case, stored, variant.backend)
             large = sum(p.nbytes for p in params) > 1 << 29
             seconds = self.seconds(optimizer.step, large)
             speed = memory.traffic(optimizer, params).moved / seconds / 1e9
-            yield dict(case=case, lean=lean, seconds=seconds, gb_per_s=speed, percent_of_copy=100 * speed / copy)
+            yield dict(case=case, stored=stored, seconds=seconds, gb_per_s=speed, percent_of_copy=100 * speed / copy)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -254,7 +257,7 @@ def measure(bench: Bench, runs: dict[str, Variant], rows: list[dict], options: a
                     row.setdefault("rounds", []).append([dict(copy_gb_per_s=copy), *bench.rows(variant, copy)])
             (options.output / "tune.json").write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
         print(f"round {done + 1} of {options.rounds}", flush=True)
-    show(rows, [f"{case}, {'lean' if lean else 'full'}" for case, lean in bench.steps])
+    show(rows, [f"{case}, {stored}" for case, stored in bench.steps])
 
 
 def show(rows: list[dict], cases: list[str]) -> None:
