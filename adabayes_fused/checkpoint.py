@@ -153,7 +153,7 @@ def _own_entry(
     entry = {"step": new_step(saved["step"], device, slabs)}
     word = number(saved.get("seed", seed), torch.int64, device)
     parts = {name: local(placed_like(p, saved[name].detach())) for name in layout.names if name in saved}
-    stored = codes.stored_as(algorithm, layout, parts, word)
+    stored = codes.stored_as(layout, parts, word)
     for name, value in initial(algorithm, layout).items():
         dtype = layout.dtype_of(name)
         if name in stored:

@@ -184,51 +184,49 @@ def _float(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _special(x: Tensor) -> Tensor:
-    """The upper half of an infinity, and of the one NaN."""
-    return torch.where(x.isnan(), 0x7FC0, _bits(x) >> 16)
+_NAN = 0x7FC00000
 
 
 def encode_bfloat16(x: Tensor, random: Tensor) -> Tensor:
     code = _bits(x) + _upper(random, 16) >> 16
-    return torch.where(x.isfinite(), code, _special(x)).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isnan(), _NAN >> 16, code).to(torch.int16).view(torch.bfloat16)
+
+
+_SMALLEST_U8 = 97 << 23  # bits of 2^-30
 
 
 def decode_u8(code: Tensor) -> Tensor:
     code = code.to(torch.int32)
-    return _float(torch.where(code == 255, 0x7FC00000, code + (97 << 3) << 20))
+    return _float(torch.where(code == 255, _NAN, (code << 20) + _SMALLEST_U8))
 
 
 def encode_u8(x: Tensor, random: Tensor) -> Tensor:
-    code = (_bits(x.clamp(2.0**-30, 3.5)) + _upper(random, 20) >> 20) - (97 << 3)
-    return torch.where(x.isfinite(), code, 255).to(torch.uint8)
+    code = _bits(x.clamp(2.0**-30, 3.5)) - _SMALLEST_U8 + _upper(random, 20) >> 20
+    return torch.where(x.isnan(), 255, code).to(torch.uint8)
 
 
-_SMALLEST = 117 << 23  # bits of 2^-10
+_SMALLEST_M8 = 117 << 23  # bits of 2^-10
 
 
 def decode_m8(code: Tensor, exponent: Tensor) -> Tensor:
     code = code.to(torch.int32)
     magnitude = code & 127
-    value = (_float((magnitude << 20) + _SMALLEST) - 2.0**-10) * _float(127 - exponent << 23)
-    return _float(torch.where(magnitude == 127, 0x7FC00000, _bits(value)) | (code & 128) << 24)
+    value = (_float((magnitude << 20) + _SMALLEST_M8) - 2.0**-10) * _float(127 - exponent << 23)
+    return _float(torch.where(magnitude == 127, _NAN, _bits(value)) | (code & 128) << 24)
 
 
 def encode_m8(x: Tensor, random: Tensor, exponent: Tensor) -> Tensor:
-    scaled = (x.abs() * _float(exponent + 127 << 23)).clamp(0.0, 56 - 2.0**-10)
-    code = _bits(scaled + 2.0**-10) - _SMALLEST + _upper(random, 20) >> 20
-    return (torch.where(x.isfinite(), code, 127) | (_bits(x) >> 24 & 128)).to(torch.uint8)
+    scaled = (x.abs() * _float(exponent + 127 << 23)).clamp(max=56 - 2.0**-10)
+    code = _bits(scaled + 2.0**-10) - _SMALLEST_M8 + _upper(random, 20) >> 20
+    return (torch.where(x.isnan(), 127, code) | (_bits(x) >> 24 & 128)).to(torch.uint8)
 
 
-def _exponent_of(x: Tensor) -> Tensor:
-    return (_bits(x) >> 23 & 255) - 127
-
-
-def scale(algorithm: str, second: Tensor, unit: Any) -> Tensor:
-    if algorithm == "AdaBayes":
-        return (_exponent_of(second) + unit).clamp(max=126)
+def scale(second: Tensor, unit: Any) -> Tensor:
+    """``second`` as it is stored."""
+    if second.dtype == torch.uint8:
+        return (second.to(torch.int32) >> 3) - 30 + unit
     smallest = _float(torch.as_tensor(125 - 2 * unit, device=second.device) << 23)
-    return -(_exponent_of(second + smallest) >> 1)
+    return -((_bits(second.float() + smallest) >> 23 & 255) - 127 >> 1)
 
 
 # --- Codes of weights -------------------------------------------------------------------------------------------------
@@ -239,13 +237,14 @@ def joined(high: Tensor, low: Tensor) -> Tensor:
 
 
 def parted(x: Tensor) -> tuple[Tensor, Tensor]:
-    finite, half = x.isfinite(), _bits(x) + 0x8000 >> 16
-    high = torch.where(finite, half, _special(x)).to(torch.int16)
-    return high.view(torch.bfloat16), torch.where(finite, _bits(x) - (half << 16), 0)
+    b = torch.where(x.isnan(), _NAN, _bits(x))
+    high = b + 0x8000 >> 16
+    return high.to(torch.int16).view(torch.bfloat16), b - (high << 16)
 
 
 def parted24(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    return parted(torch.where(x.isfinite(), _float(_bits(x) + _upper(random, 8) & ~255), x))
+    b = torch.where(x.isnan(), _NAN, _bits(x))
+    return parted(_float(b + _upper(random, 8) & ~255))
 
 
 # --- A parameter's tensors --------------------------------------------------------------------------------------------
@@ -253,15 +252,15 @@ def parted24(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 NEAREST = -1 << 31  # half of all, in place of a random number
 
 
-def decoded(algorithm: str, slots: Sequence[Tensor], unit: Any) -> list[Tensor]:
+def decoded(slots: Sequence[Tensor], unit: Any) -> list[Tensor]:
     """The first slots as numbers: new tensors where they are codes, else themselves."""
     values = [decode_u8(t) if i and t.dtype == torch.uint8 else t.float() if t.dtype == torch.bfloat16 else t for i, t in enumerate(slots)]
     if slots and slots[0].dtype == torch.uint8:
-        values[0] = decode_m8(slots[0], scale(algorithm, values[1], unit))
+        values[0] = decode_m8(slots[0], scale(slots[1], unit))
     return values
 
 
-def encoded(algorithm: str, dtypes: Sequence[torch.dtype], values: Sequence[Tensor], unit: Any, at: Tensor | None) -> list[Tensor]:
+def encoded(dtypes: Sequence[torch.dtype], values: Sequence[Tensor], unit: Any, at: Tensor | None) -> list[Tensor]:
     """Numbers as they are stored; ``at``: the key plus the elements' places, None to round to nearest."""
 
     def random(slot: int) -> Any:  # csrc/codes.h
@@ -277,8 +276,7 @@ def encoded(algorithm: str, dtypes: Sequence[torch.dtype], values: Sequence[Tens
         elif dtype == torch.uint8 and i == 1:
             stored[i] = encode_u8(value, random(i))
         elif dtype == torch.uint8:
-            second = decode_u8(stored[1]) if dtypes[1] == torch.uint8 else stored[1].float()
-            stored[i] = encode_m8(value, random(i), scale(algorithm, second, unit))
+            stored[i] = encode_m8(value, random(i), scale(stored[1], unit))
     return stored
 
 
@@ -303,7 +301,7 @@ def constant(value: float, dtype: torch.dtype) -> float:
     return int(encode_u8(torch.tensor(value, dtype=torch.float32, device="cpu"), torch.tensor(NEAREST, dtype=torch.int32, device="cpu")))
 
 
-def stored_as(algorithm: Algorithm, layout: Layout, tensors: Mapping[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:
+def stored_as(layout: Layout, tensors: Mapping[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:
     """State, by name, as ``layout`` stores it: itself where it is stored so, else rounded to nearest. What is lacking, and what
     the layout does not have, is left out. ``seed``: whose unit an 8-bit ``exp_avg`` has."""
     found = {name: tensors[name] for name in layout.names if name in tensors}
@@ -311,11 +309,11 @@ def stored_as(algorithm: Algorithm, layout: Layout, tensors: Mapping[str, Tensor
     codes = (torch.uint8, torch.bfloat16)
     if any(found[name].dtype != layout.dtype_of(name) and {found[name].dtype, layout.dtype_of(name)} & {*codes} for name in slots):
         unit = 0 if seed is None else unit_of(seed.to(found[slots[0]].device))
-        values = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in decoded(algorithm.name, [found[name] for name in slots], unit)]
+        values = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in decoded([found[name] for name in slots], unit)]
         dtypes = [layout.dtype_of(name) for name in slots]
         if {*dtypes} & {*codes}:
             values = [t.to(torch.float32) for t in values]
-        found.update(zip(slots, encoded(algorithm.name, dtypes, values, unit, None), strict=True))
+        found.update(zip(slots, encoded(dtypes, values, unit, None), strict=True))
     if layout.correction is not None and "correction" in found and (kept := found["correction"]).dtype != layout.correction:
         found["correction"] = kept >> 8 if layout.correction == torch.int8 else kept.to(torch.int16) << 8
         found["correction"] = found["correction"].to(layout.correction)

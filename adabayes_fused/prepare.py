@@ -254,7 +254,7 @@ def prepare(item: Item, algorithm: Algorithm, layout: Layout, seed: int, backend
     if layout.correction is not None and "correction" not in state:
         state["correction"] = new_slot(item.param, 0.0, layout.correction, slabs)
     placed = {name: placed_like(item.param, state[name]) for name in layout.names}
-    stored = codes.stored_as(algorithm, layout, {name: local(t) for name, t in placed.items()}, state.get("seed"))
+    stored = codes.stored_as(layout, {name: local(t) for name, t in placed.items()}, state.get("seed"))
     for name in layout.names:
         slot = laid_out_like(param, stored[name], layout.dtype_of(name))
         if placed[name] is not state[name] or slot is not local(placed[name]):

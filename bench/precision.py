@@ -86,15 +86,15 @@ def state_of(optimizer: Any) -> list[Tensor]:
     """exp_avg and the second slot, as numbers."""
     ((p, entry),) = optimizer.state.items()
     slots = [entry[name] for name in optimizer.algorithm.slots[:2]]
-    return codes.decoded(optimizer.algorithm.name, slots, codes.unit_of(entry["seed"]) if "seed" in entry else 0)
+    return codes.decoded(slots, codes.unit_of(entry["seed"]) if "seed" in entry else 0)
 
 
 def round_to_nearest(optimizer: Any, state_dtype: str, r: float) -> None:
     ((p, entry),) = optimizer.state.items()
-    name, layout = optimizer.algorithm.name, codes.Storage(True, state_dtype).layout(optimizer.algorithm, torch.float32)
+    layout = codes.Storage(True, state_dtype).layout(optimizer.algorithm, torch.float32)
     slots, unit = [entry[slot] for slot in layout.slots], codes.unit_of(codes.new_seed(0, 0, r))
-    stored = codes.encoded(name, layout.dtypes, slots, unit, None)
-    for slot, value in zip(slots, codes.decoded(name, stored, unit), strict=True):
+    stored = codes.encoded(layout.dtypes, slots, unit, None)
+    for slot, value in zip(slots, codes.decoded(stored, unit), strict=True):
         slot.copy_(value)
 
 

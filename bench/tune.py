@@ -80,7 +80,7 @@ def cuda_variants(folder: Path, arch: str, some: list[dict]) -> Iterator[tuple[V
     full = [BASE_CUDA | options for options in some]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for options, (library, said) in zip(full, pool.map(lambda o: build(o, folder, arch), full), strict=True):
-            pattern = r"updateI4KindI8AdaBayesffLb1EL5State0ELb0E.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+            pattern = r"updateI4KindI8AdaBayesffLb1EL5State0E.*?(\d+) bytes spill stores.*?Used (\d+) registers"
             found = re.search(pattern, said, re.DOTALL)
             yield Variant("cuda", options, library), dict(registers=int(found[2]), spilled_bytes=int(found[1]))
 

@@ -132,9 +132,12 @@ struct Stored {
       for (int s = 0; s < slots && s < Rule::reads; ++s) widen_all(at<bfloat16_t>(row, s, begin), n, blocks[s]);
     if constexpr (state == State::small) {
       const auto* first = at<m8_t>(row, 0, begin);
-      widen_all(at<typename Second<Rule>::type>(row, 1, begin), n, blocks[1]);
-      float *const values = blocks[0], *const second = blocks[1];
-      each(n, [&](int i) { values[i] = widen(first[i], scale<Rule>(second[i], unit)); });
+      const auto* second = at<typename Second<Rule>::type>(row, 1, begin);
+      float *__restrict values0 = blocks[0], *__restrict values1 = blocks[1];
+      each(n, [&](int i) {
+        values0[i] = widen(first[i], scale(second[i], unit));
+        values1[i] = widen(second[i]);
+      });
     }
   }
 
@@ -158,7 +161,7 @@ struct Stored {
         const uint32_t random = word<0>(at_first + i);
         typename Second<Rule>::type code;
         encode(values1[i], random, code);
-        encode(values0[i], turned(random), scale<Rule>(widen(code), unit), first[i]);
+        encode(values0[i], turned(random), scale(code, unit), first[i]);
         second[i] = code;
       });
     }

@@ -7,13 +7,13 @@
 namespace {
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, sizeof(typename K::P) == 4 ? 3 : 2) update(const Table table, DType grad_dtype, Weight weight) {
+__global__ void __launch_bounds__(kThreads, sizeof(typename K::P) == 4 ? 3 : 2) update(const Table table, DType grad_dtype) {
   using T = typename K::T;
   __shared__ T c[kCoefficients];
   if (table.skipped()) return;
   if (threadIdx.x < kCoefficients) c[threadIdx.x] = T(coefficient(table, blockIdx.x, threadIdx.x));
   __syncthreads();
-  update_chunk<K>(table, coefficients<typename K::Rule, T>(c), grad_dtype, weight, blockIdx.x, threadIdx.x, kThreads);
+  update_chunk<K>(table, coefficients<typename K::Rule, T>(c), grad_dtype, blockIdx.x, threadIdx.x, kThreads);
   if (threadIdx.x == 0) count_step(table, blockIdx.x);
 }
 
@@ -70,31 +70,38 @@ Table table_of(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t d
   return {bucket.rows, at<int64_t>(chunks), at<unsigned long long>(chunks) + n_chunks, bucket.numbers, at<Decision>(decision)};
 }
 
-template <class Rule, class P, class G, bool parts = false, class F>
-void with_state(const Bucket& bucket, F f) {
-  if constexpr (std::is_same_v<P, bfloat16_t> && !parts)
-    if (bucket.weight != Weight::nearest) return with_state<Rule, P, G, true>(bucket, f);
-  if constexpr (!std::is_same_v<P, double>) {
-    if (bucket.state == State::small) return f(update<Kind<Rule, P, G, false, State::small, parts>>);
-    if (bucket.state == State::bfloat16)
-      return bucket.full ? f(update<Kind<Rule, P, G, true, State::bfloat16, parts>>) : f(update<Kind<Rule, P, G, false, State::bfloat16, parts>>);
+template <class Rule, class P, Weight weight, class F>
+void with_coded(const Bucket& bucket, F f) {
+  if (bucket.state == State::small) return f(update<Kind<Rule, P, AnyGrad, false, State::small, weight>>);
+  if (bucket.state == State::bfloat16)
+    return bucket.full ? f(update<Kind<Rule, P, AnyGrad, true, State::bfloat16, weight>>) : f(update<Kind<Rule, P, AnyGrad, false, State::bfloat16, weight>>);
+  if constexpr (weight != Weight::nearest)
+    bucket.full ? f(update<Kind<Rule, P, AnyGrad, true, State::wide, weight>>) : f(update<Kind<Rule, P, AnyGrad, false, State::wide, weight>>);
+}
+
+template <class Rule, class P, class G, class F>
+void with_wide(const Bucket& bucket, F f) {
+  bucket.full ? f(update<Kind<Rule, P, G, true, State::wide, Weight::nearest>>) : f(update<Kind<Rule, P, G, false, State::wide, Weight::nearest>>);
+}
+
+template <class Rule, class P, class F>
+void with_storage(const Bucket& bucket, F f) {
+  if constexpr (std::is_same_v<P, bfloat16_t>) switch (bucket.weight) {
+    case Weight::nearest: break;
+    case Weight::stochastic: return with_coded<Rule, P, Weight::stochastic>(bucket, f);
+    case Weight::plus8: return with_coded<Rule, P, Weight::plus8>(bucket, f);
+    case Weight::plus16: return with_coded<Rule, P, Weight::plus16>(bucket, f);
   }
-  bucket.full ? f(update<Kind<Rule, P, G, true, State::wide, parts>>) : f(update<Kind<Rule, P, G, false, State::wide, parts>>);
+  if constexpr (!std::is_same_v<P, double>)
+    if (bucket.state != State::wide) return with_coded<Rule, P, Weight::nearest>(bucket, f);
+  bucket.param == bucket.grad ? with_wide<Rule, P, P>(bucket, f) : with_wide<Rule, P, AnyGrad>(bucket, f);
 }
 
 // f(the update of such a bucket)
 template <class F>
 void with_update(const Bucket& bucket, F f) {
   with_rule(bucket.algorithm, [&](auto rule) {
-    using Rule = typename decltype(rule)::type;
-    with_dtype(bucket.param, [&](auto param) {
-      using P = typename decltype(param)::type;
-      auto with_grad = [&](auto grad) {
-        using G = typename decltype(grad)::type;
-        with_state<Rule, P, G>(bucket, f);
-      };
-      bucket.param == bucket.grad ? with_grad(param) : with_grad(Type<AnyGrad>{});
-    });
+    with_dtype(bucket.param, [&](auto param) { with_storage<typename decltype(rule)::type, typename decltype(param)::type>(bucket, f); });
   });
 }
 
@@ -103,7 +110,7 @@ void with_update(const Bucket& bucket, F f) {
 void run_cuda(const Bucket& bucket, int64_t chunks, int64_t n_chunks, int64_t decision, int device, int64_t stream) {
   const DeviceGuard guard(device);
   const Table table = table_of(bucket, chunks, n_chunks, decision);
-  with_update(bucket, [&](auto kernel) { kernel<<<unsigned(n_chunks), kThreads, 0, at<CUstream_st>(stream)>>>(table, bucket.grad, bucket.weight); });
+  with_update(bucket, [&](auto kernel) { kernel<<<unsigned(n_chunks), kThreads, 0, at<CUstream_st>(stream)>>>(table, bucket.grad); });
   check(cudaGetLastError(), "launching the update");
 }
 

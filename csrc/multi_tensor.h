@@ -106,20 +106,6 @@ RULE_FN void load(const S* from, int i, T* to) {
   for (int k = 0; k < N; ++k) to[k] = T(widen(pack.value[k]));
 }
 
-// code(k, out): what is stored of the k-th value
-template <int N, class S, class F>
-RULE_FN void store_codes(S* to, int i, F code) {
-  Pack<S, N> pack;
-  UNROLL
-  for (int k = 0; k < N; ++k) code(k, pack.value[k]);
-  write(reinterpret_cast<Pack<S, N>*>(to + i), pack);
-}
-
-template <int N, class S, class T>
-RULE_FN void store(S* to, int i, const T* from) {
-  store_codes<N>(to, i, [&](int k, S& out) { narrow(from[k], out); });
-}
-
 template <int N, class G, class T>
 RULE_FN void load_grad(DType dtype, int64_t address, int i, T* to) {
   if constexpr (std::is_same_v<G, AnyGrad>) {
@@ -135,8 +121,8 @@ RULE_FN void load_grad(DType dtype, int64_t address, int i, T* to) {
   }
 }
 
-// What a launch updates, as types. `parts`: the weights' rounding is another than to nearest, which is looked up at run time.
-template <class Rule_, class P_, class G_, bool full, State state_, bool parts_>
+// What a launch updates, as types.
+template <class Rule_, class P_, class G_, bool full, State state_, Weight weight_>
 struct Kind {
   using Rule = Rule_;
   using P = P_;
@@ -145,112 +131,117 @@ struct Kind {
   using Coefficients = typename Rule::template Coefficients<T>;
   static constexpr int slots = full ? Rule::slots : Rule::lean, reads = full ? Rule::reads : Rule::lean;
   static constexpr State state = state_;
-  static constexpr bool parts = parts_, coded = parts || state != State::wide;
+  static constexpr Weight weight = weight_;
+  static constexpr bool coded = weight != Weight::nearest || state != State::wide, corrected = weight == Weight::plus8 || weight == Weight::plus16;
   using Slot = std::conditional_t<state == State::wide, T, std::conditional_t<state == State::bfloat16, bfloat16_t, m8_t>>;  // but the second's
   using SecondSlot = std::conditional_t<state == State::small, typename Second<Rule>::type, Slot>;
+  using Low = std::conditional_t<weight == Weight::plus8, int8_t, int16_t>;
 };
 
 // What codes take, alike in a chunk.
 struct Codes {
-  DType grad;
-  Weight weight;
-  int unit;
-  uint32_t from;  // the key, and where the tensor begins in the whole one
+  int unit = 0;
+  uint32_t from = 0;       // of the chunk's first element, where it is part of a run
   int64_t begin, run, stride;
+  bool whole;              // one run, as but for shards
 
-  RULE_FN Codes(const Row& row, int64_t begin, DType grad, Weight weight, bool coded)
-      : grad(grad), weight(weight), unit(0), from(0), begin(begin), run(row.run), stride(row.stride) {
-    if (!coded || !row.seed) return;
+  RULE_FN Codes(const Row& row, int64_t begin) : begin(begin), run(row.run), stride(row.stride), whole(row.numel <= row.run) {
+    if (!row.seed) return;
     const int64_t seed = *reinterpret_cast<const int64_t*>(row.seed);
-    unit = int(seed >> 32), from = key(seed, *reinterpret_cast<const float*>(row.step)) + uint32_t(row.first);
+    unit = int(seed >> 32), from = key(seed, *reinterpret_cast<const float*>(row.step)) + uint32_t(row.first) + (whole ? uint32_t(begin) : 0);
   }
 
-  // What the random numbers of the chunk's i-th element are made of.
+  // Whether N elements that are accessed at once follow each other in the whole tensor.
+  RULE_FN bool packed(int N) const { return whole || run % N == 0; }
+
+  // What the random numbers of the chunk's i-th element are made of; of the next ones of a pack, that and how far they are.
   RULE_FN uint32_t at(int i) const {
     const int64_t e = begin + i;
-    return from + uint32_t(e < run ? e : e / run * stride + e % run);
+    return from + uint32_t(whole ? i : e / run * stride + e % run);
   }
 };
 
+// Consecutive elements of a tensor as they are stored, and each as it is computed with.
 template <class K, int N>
-RULE_FN void load_state(const Row& row, int i, const Codes& codes, typename K::T (*slot)[N]) {
-  if constexpr (K::state == State::small) {
-    load<N>(reinterpret_cast<const typename K::SecondSlot*>(row.slot[1]), i, slot[1]);
-    const Pack<m8_t, N> first = read(reinterpret_cast<const Pack<m8_t, N>*>(row.slot[0] + i));
-    UNROLL
-    for (int n = 0; n < N; ++n) slot[0][n] = widen(first.value[n], scale<typename K::Rule>(slot[1][n], codes.unit));
-  } else {
-    UNROLL
-    for (int s = 0; s < K::reads; ++s) load<N>(reinterpret_cast<const typename K::Slot*>(row.slot[s]), i, slot[s]);
-  }
-}
+struct Elements {
+  using T = typename K::T;
+  typename K::T grad[N];
+  Pack<typename K::P, N> param;
+  Pack<typename K::Slot, N> first, third, fourth;
+  Pack<typename K::SecondSlot, N> second;
+  Pack<typename K::Low, N> low;
 
-template <class K, int N>
-RULE_FN void store_state(const Row& row, int i, const Codes& codes, const typename K::T (*slot)[N]) {
-  if constexpr (K::state == State::wide) {
-    UNROLL
-    for (int s = 0; s < K::slots; ++s) store<N>(reinterpret_cast<typename K::Slot*>(row.slot[s]), i, slot[s]);
-  } else {
-    auto at = [&](int s) { return reinterpret_cast<typename K::Slot*>(row.slot[s]); };
-    uint32_t random[N];
-    UNROLL
-    for (int n = 0; n < N; ++n) random[n] = word<0>(codes.at(i + n));
-    typename K::SecondSlot second[N];
-    store_codes<N>(reinterpret_cast<typename K::SecondSlot*>(row.slot[1]), i, [&](int n, auto& out) { encode(slot[1][n], random[n], out), second[n] = out; });
-    store_codes<N>(at(0), i, [&](int n, auto& out) {
-      if constexpr (K::state == State::small) encode(slot[0][n], turned(random[n]), scale<typename K::Rule>(widen(second[n]), codes.unit), out);
-      else encode(slot[0][n], turned(random[n]), out);
-    });
-    if constexpr (K::slots > 2) store_codes<N>(at(2), i, [&](int n, auto& out) { encode(slot[2][n], turned(word<1>(codes.at(i + n))), out); });
-    if constexpr (K::slots > 3) store_codes<N>(at(3), i, [&](int n, auto& out) { encode(slot[3][n], turned(word<2>(codes.at(i + n))), out); });
-  }
-}
+  template <class S>
+  static RULE_FN Pack<S, N>* in(int64_t address, int i) { return reinterpret_cast<Pack<S, N>*>(reinterpret_cast<S*>(address) + i); }
 
-// Weights of which `load` has read the upper half: the correction is added.
-template <int N>
-RULE_FN void join(const Row& row, int i, const Codes& codes, float* param) {
-  auto add = [&](int k, int low) { param[k] = joined({uint16_t(bits_of(param[k]) >> 16)}, low); };
-  if (codes.weight == Weight::plus8) {
-    const auto low = read(reinterpret_cast<const Pack<int8_t, N>*>(row.correction + i));
-    UNROLL
-    for (int k = 0; k < N; ++k) add(k, low.value[k] * 256);
-  } else if (codes.weight == Weight::plus16) {
-    const auto low = read(reinterpret_cast<const Pack<int16_t, N>*>(row.correction + 2 * i));
-    UNROLL
-    for (int k = 0; k < N; ++k) add(k, low.value[k]);
+  RULE_FN void load(const Row& row, DType grad_dtype, int i) {
+    load_grad<N, typename K::G>(grad_dtype, row.grad, i, grad);
+    param = read(in<typename K::P>(row.param, i));
+    first = read(in<typename K::Slot>(row.slot[0], i));
+    second = read(in<typename K::SecondSlot>(row.slot[1], i));
+    if constexpr (K::reads > 2) third = read(in<typename K::Slot>(row.slot[2], i));
+    if constexpr (K::corrected) low = read(in<typename K::Low>(row.correction, i));
   }
-}
 
-template <int N>
-RULE_FN void store_weights(const Row& row, int i, const Codes& codes, const float* param) {
-  auto* const high = reinterpret_cast<bfloat16_t*>(row.param);
-  auto random = [&](int n) { return word<1>(codes.at(i + n)); };
-  if (codes.weight == Weight::stochastic) return store_codes<N>(high, i, [&](int n, auto& out) { encode(param[n], random(n), out); });
-  int low[N];
-  store_codes<N>(high, i, [&](int n, auto& out) { low[n] = codes.weight == Weight::plus8 ? parted24(param[n], random(n), out) : parted(param[n], out); });
-  if (codes.weight == Weight::plus8) store_codes<N>(reinterpret_cast<int8_t*>(row.correction), i, [&](int n, int8_t& out) { out = int8_t(low[n] >> 8); });
-  else store_codes<N>(reinterpret_cast<int16_t*>(row.correction), i, [&](int n, int16_t& out) { out = int16_t(low[n]); });
-}
+  RULE_FN void store(const Row& row, int i) const {
+    write(in<typename K::P>(row.param, i), param);
+    write(in<typename K::Slot>(row.slot[0], i), first);
+    write(in<typename K::SecondSlot>(row.slot[1], i), second);
+    if constexpr (K::slots > 2) write(in<typename K::Slot>(row.slot[2], i), third);
+    if constexpr (K::slots > 3) write(in<typename K::Slot>(row.slot[3], i), fourth);
+    if constexpr (K::corrected) write(in<typename K::Low>(row.correction, i), low);
+  }
+
+  RULE_FN void update(const typename K::Coefficients& c, int n, int unit, uint32_t at) {
+    T w = weight(n), m, u = T(widen(second.value[n])), v = T(0), post = T(0);
+    if constexpr (K::state == State::small) m = widen(first.value[n], scale(second.value[n], unit));
+    else m = T(widen(first.value[n]));
+    if constexpr (K::reads > 2) v = T(widen(third.value[n]));
+    K::Rule::update(c, grad[n], w, m, u, v, post);
+    keep_weight(n, w, at);
+    keep_state(n, m, u, v, post, unit, at);
+  }
+
+ private:
+  RULE_FN T weight(int n) const {
+    if constexpr (K::weight == Weight::plus8) return joined(param.value[n], low.value[n] * 256);
+    else if constexpr (K::weight == Weight::plus16) return joined(param.value[n], low.value[n]);
+    else return T(widen(param.value[n]));
+  }
+
+  RULE_FN void keep_weight(int n, T w, uint32_t at) {
+    if constexpr (K::weight == Weight::stochastic) encode(w, word<1>(at), param.value[n]);
+    else if constexpr (K::weight == Weight::plus8) low.value[n] = int8_t(parted24(w, word<1>(at), param.value[n]) >> 8);
+    else if constexpr (K::weight == Weight::plus16) low.value[n] = int16_t(parted(w, param.value[n]));
+    else narrow(w, param.value[n]);
+  }
+
+  RULE_FN void keep_state(int n, T m, T u, T v, T post, int unit, uint32_t at) {
+    if constexpr (K::state == State::wide) {
+      first.value[n] = m, second.value[n] = u, third.value[n] = v, fourth.value[n] = post;
+    } else {
+      const uint32_t random = word<0>(at);
+      encode(u, random, second.value[n]);
+      if constexpr (K::state == State::small) encode(m, turned(random), scale(second.value[n], unit), first.value[n]);
+      else encode(m, turned(random), first.value[n]);
+      if constexpr (K::slots > 2) encode(v, turned(word<1>(at)), third.value[n]);
+      if constexpr (K::slots > 3) encode(post, turned(word<2>(at)), fourth.value[n]);
+    }
+  }
+};
 
 // Packs of N consecutive elements of one tensor, `stride` apart: all loads, the rule, all stores.
 template <class K, int N, int packs>
-RULE_FN void update_packs(const typename K::Coefficients& c, const Row& row, const Codes& codes, int i, int stride) {
-  typename K::T grad[packs][N], param[packs][N], slot[packs][kMaxSlots][N] = {};
+RULE_FN void update_packs(const typename K::Coefficients& c, const Row& row, DType grad_dtype, const Codes& codes, int i, int stride) {
+  Elements<K, N> elements[packs];
+  UNROLL
+  for (int k = 0; k < packs; ++k) elements[k].load(row, grad_dtype, i + k * stride);
   UNROLL
   for (int k = 0; k < packs; ++k) {
-    load_grad<N, typename K::G>(codes.grad, row.grad, i + k * stride, grad[k]);
-    load<N>(reinterpret_cast<const typename K::P*>(row.param), i + k * stride, param[k]);
-    if constexpr (K::parts) join<N>(row, i + k * stride, codes, param[k]);
-    load_state<K, N>(row, i + k * stride, codes, slot[k]);
-  }
-  UNROLL
-  for (int k = 0; k < packs; ++k) {
+    const uint32_t at = codes.at(i + k * stride);
     UNROLL
-    for (int n = 0; n < N; ++n)
-      K::Rule::update(c, grad[k][n], param[k][n], slot[k][0][n], slot[k][1][n], slot[k][2][n], slot[k][3][n]);
-    if constexpr (K::parts) store_weights<N>(row, i + k * stride, codes, param[k]);
-    else store<N>(reinterpret_cast<typename K::P*>(row.param), i + k * stride, param[k]);
-    store_state<K, N>(row, i + k * stride, codes, slot[k]);
+    for (int n = 0; n < N; ++n) elements[k].update(c, n, codes.unit, at + n);
+    elements[k].store(row, i + k * stride);
   }
 }
 
@@ -286,21 +277,21 @@ THREAD_FN double sum_of_squares(const Table& table, int64_t block, int thread, i
 }
 
 template <class K>
-THREAD_FN void update_chunk(const Table& table, const typename K::Coefficients& c, DType grad_dtype, Weight weight, int64_t block, int thread, int threads) {
+THREAD_FN void update_chunk(const Table& table, const typename K::Coefficients& c, DType grad_dtype, int64_t block, int thread, int threads) {
   // The parameter's type fills a 16-byte access; narrower gradients' and codes' are shorter.
   constexpr int N = 16 / sizeof(typename K::P);
   Row row = table.row(block);
   const Chunk chunk(row, table.chunks[block]);
   const bool aligned = ((row.param | row.grad | row.slot[0] | row.slot[1] | row.slot[2] | row.slot[3] | row.correction) & 15) == 0;
-  const Codes codes(row, chunk.begin, grad_dtype, weight, K::coded);
+  const Codes codes(K::coded ? row : Row{}, chunk.begin);
   row.param += chunk.begin * int64_t(sizeof(typename K::P)), row.grad += chunk.begin * size_of(grad_dtype);
   UNROLL
   for (int s = 0; s < kMaxSlots; ++s) row.slot[s] += chunk.begin * int64_t(s == 1 ? sizeof(typename K::SecondSlot) : sizeof(typename K::Slot));
-  if constexpr (K::parts) row.correction += chunk.begin * (weight == Weight::plus8 ? 1 : 2);
-  const int packed = chunk.packed(aligned, N), stride = threads * N;
+  row.correction += chunk.begin * int64_t(sizeof(typename K::Low));
+  const int packed = chunk.packed(aligned && codes.packed(N), N), stride = threads * N;
   int i = thread * N;
   if constexpr (kPacks > 1)
-    for (; i + (kPacks - 1) * stride < packed; i += kPacks * stride) update_packs<K, N, kPacks>(c, row, codes, i, stride);
-  for (; i < packed; i += stride) update_packs<K, N, 1>(c, row, codes, i, 0);
-  for (i = packed + thread; i < chunk.count; i += threads) update_packs<K, 1, 1>(c, row, codes, i, 0);
+    for (; i + (kPacks - 1) * stride < packed; i += kPacks * stride) update_packs<K, N, kPacks>(c, row, grad_dtype, codes, i, stride);
+  for (; i < packed; i += stride) update_packs<K, N, 1>(c, row, grad_dtype, codes, i, 0);
+  for (i = packed + thread; i < chunk.count; i += threads) update_packs<K, 1, 1>(c, row, grad_dtype, codes, i, 0);
 }

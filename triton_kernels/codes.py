@@ -46,11 +46,6 @@ def floats(b):
 
 
 @triton.jit
-def finite(x):
-    return (bits(x) & 0x7FFFFFFF) < 0x7F800000
-
-
-@triton.jit
 def _upper(b):
     """The bfloat16 that is the upper half of these bits."""
     return ((b >> 16) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -58,26 +53,30 @@ def _upper(b):
 
 @triton.jit
 def encode_bfloat16(x, random):
-    b = bits(x)
-    special = tl.where((b & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, b)
-    return _upper(tl.where(finite(x), b + (random >> 16).to(tl.int32), special))
+    return _upper(tl.where(x != x, 0x7FC00000, bits(x) + (random >> 16).to(tl.int32)))
 
 
 @triton.jit
-def _clamped(x, low: tl.constexpr, high: tl.constexpr):
-    return tl.where(x > low, tl.where(x < high, x, high), low)
+def at_most(x, high):
+    """Where NaN stays NaN."""
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(x, low):
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def decode_u8(code):
     code = code.to(tl.int32)
-    return floats(tl.where(code == 255, 0x7FC00000, (code + (97 << 3)) << 20))
+    return floats(tl.where(code == 255, 0x7FC00000, (code << 20) + (97 << 23)))
 
 
 @triton.jit
 def encode_u8(x, random):
-    code = ((bits(_clamped(x, 2.0**-30, 3.5)) + (random >> 12).to(tl.int32)) >> 20) - (97 << 3)
-    return tl.where(finite(x), code, 255).to(tl.uint8)
+    b = bits(at_least(at_most(x, 3.5), 2.0**-30)).to(tl.uint32, bitcast=True)
+    return tl.minimum((b - (97 << 23) + (random >> 12)) >> 20, 255).to(tl.uint8)
 
 
 @triton.jit
@@ -91,23 +90,18 @@ def decode_m8(code, exponent):
 @triton.jit
 def encode_m8(x, random, exponent):
     b = bits(x)
-    scaled = _clamped(floats(b & 0x7FFFFFFF) * floats((exponent + 127) << 23), 0.0, 55.9990234375)
-    code = (bits(scaled + 0.0009765625) - (117 << 23) + (random >> 12).to(tl.int32)) >> 20
-    return (tl.where(finite(x), code, 127) | ((b >> 24) & 128)).to(tl.uint8)
+    scaled = at_most(floats(b & 0x7FFFFFFF) * floats((exponent + 127) << 23), 55.9990234375)
+    code = (bits(scaled + 0.0009765625).to(tl.uint32, bitcast=True) - (117 << 23) + (random >> 12)) >> 20
+    return (tl.minimum(code, 127) | ((b >> 24) & 128).to(tl.uint32)).to(tl.uint8)
 
 
 @triton.jit
-def _exponent_of(x):
-    return ((bits(x) >> 23) & 255) - 127
-
-
-@triton.jit
-def scale(second, unit, INVERSE: tl.constexpr):
-    """INVERSE: by the square root of 1 / second, as in AdaBayes-FP; else by the second itself."""
-    if INVERSE:
-        return -(_exponent_of(second + floats((125 - 2 * unit) << 23)) >> 1)
+def scale(second, unit):
+    """``second`` as it is stored."""
+    if second.dtype == tl.uint8:
+        return (second >> 3).to(tl.int32) - 30 + unit
     else:
-        return tl.minimum(_exponent_of(second) + unit, 126)
+        return -((((bits(second.to(tl.float32) + floats((125 - 2 * unit) << 23)) >> 23) & 255) - 127) >> 1)
 
 
 # --- Codes of weights ---
@@ -120,13 +114,11 @@ def joined(high, low):
 
 @triton.jit
 def parted(x):
-    b = bits(x)
-    special = tl.where((b & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, b)
-    high = tl.where(finite(x), b + 0x8000, special)
-    return _upper(high), tl.where(finite(x), b - ((high >> 16) << 16), 0)
+    b = tl.where(x != x, 0x7FC00000, bits(x))
+    return _upper(b + 0x8000), b - (((b + 0x8000) >> 16) << 16)
 
 
 @triton.jit
 def parted24(x, random):
-    b = bits(x)
-    return parted(floats(tl.where(finite(x), (b + (random >> 24).to(tl.int32)) & ~255, b)))
+    b = tl.where(x != x, 0x7FC00000, bits(x))
+    return parted(floats((b + (random >> 24).to(tl.int32)) & ~255))

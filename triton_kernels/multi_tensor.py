@@ -68,11 +68,11 @@ def _store_codes(pointer, offsets, left, value, FULL: tl.constexpr, EVICT: tl.co
 
 
 @triton.jit
-def _load_state(pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexpr, CODE: tl.constexpr, INVERSE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+def _load_state(pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
     if CODE == 2:
-        slot1 = _load_codes(pointers[1], i, left, FULL, EVICT)
-        slot1 = slot1.to(STATE) if INVERSE else codes.decode_u8(slot1)
-        slot0 = codes.decode_m8(_load_codes(pointers[0], i, left, FULL, EVICT), codes.scale(slot1, unit, INVERSE))
+        second = _load_codes(pointers[1], i, left, FULL, EVICT)
+        slot1 = codes.decode_u8(second) if second.dtype == tl.uint8 else second.to(STATE)
+        slot0 = codes.decode_m8(_load_codes(pointers[0], i, left, FULL, EVICT), codes.scale(second, unit))
     else:
         slot0 = _load(pointers[0], i, left, STATE, FULL, EVICT)
         slot1 = _load(pointers[1], i, left, STATE, FULL, EVICT)
@@ -81,17 +81,16 @@ def _load_state(pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexp
 
 
 @triton.jit
-def _store_state(pointers, i, left, slots, at, unit, SLOTS: tl.constexpr, CODE: tl.constexpr, INVERSE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+def _store_state(pointers, i, left, slots, at, unit, SLOTS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
     slot0, slot1, slot2, slot3 = slots
     if CODE > 0:
         random = codes.word(at, 0)
-        if CODE == 2 and not INVERSE:
+        if pointers[1].dtype.element_ty == tl.uint8:
             slot1 = codes.encode_u8(slot1, random)
         else:
             slot1 = codes.encode_bfloat16(slot1, random)
         if CODE == 2:
-            second = slot1.to(tl.float32) if INVERSE else codes.decode_u8(slot1)
-            slot0 = codes.encode_m8(slot0, codes.turned(random), codes.scale(second, unit, INVERSE))
+            slot0 = codes.encode_m8(slot0, codes.turned(random), codes.scale(slot1, unit))
         else:
             slot0 = codes.encode_bfloat16(slot0, codes.turned(random))
         if SLOTS > 2:
@@ -164,16 +163,15 @@ def _update_chunk(
         _pointer(row, 4, STORED[0], begin, FULL),
         _pointer(row, 5, STORED[0], begin, FULL),
     )
-    INVERSE: tl.constexpr = STORED[1] == tl.bfloat16
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)
         grad = _load(grad_ptr, i, left, STATE, FULL, EVICT)
         param = _load_weights(param_ptr, low_ptr, i, left, STATE, WEIGHT, FULL, EVICT)
-        slot0, slot1, slot2 = _load_state(pointers, i, left, unit, READS, STATE, CODE, INVERSE, FULL, EVICT)
+        slot0, slot1, slot2 = _load_state(pointers, i, left, unit, READS, STATE, CODE, FULL, EVICT)
         param, slot0, slot1, slot2, slot3 = RULE(c, grad, param, slot0, slot1, slot2, tl.zeros_like(param), FAR)
         at = start_key + _places(row, begin, i, CODE, WEIGHT)
         _store_weights(param_ptr, low_ptr, i, left, param, at, WEIGHT, FULL, EVICT)
-        _store_state(pointers, i, left, (slot0, slot1, slot2, slot3), at, unit, SLOTS, CODE, INVERSE, FULL, EVICT)
+        _store_state(pointers, i, left, (slot0, slot1, slot2, slot3), at, unit, SLOTS, CODE, FULL, EVICT)
 
 
 @triton.jit

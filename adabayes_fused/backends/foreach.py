@@ -131,7 +131,7 @@ class _Part(NamedTuple):
 
 
 def _prepare(launch: Launch) -> Callable[[], None]:
-    rule, name, layout = RULES[launch.algorithm.name], launch.algorithm.name, launch.layout
+    rule, layout = RULES[launch.algorithm.name], launch.layout
     state_dtype = torch.promote_types(launch.param_dtype, torch.float32)
     coefficients, which = _coefficients(launch, state_dtype)
     blocks = list(_blocks(launch, which))
@@ -147,7 +147,7 @@ def _prepare(launch: Launch) -> Callable[[], None]:
             flat = [_flat(column) for column in columns]
             unit, at = _codes(launch, parts)
             stored, low = flat[2 : 2 + len(layout.slots)], flat[2 + len(layout.slots) :]
-            slots = codes.decoded(name, stored, unit)
+            slots = codes.decoded(stored, unit)
             param = codes.decoded_weights(flat[0], *(low or [None])) if layout.weight else flat[0].to(state_dtype)
             grad = flat[1].to(state_dtype)
             values, written = [param, *slots], [columns[0], *columns[2:]]
@@ -160,7 +160,7 @@ def _prepare(launch: Launch) -> Callable[[], None]:
                     torch.where(skip, old, value, out=value)
             if layout.coded:
                 weights = codes.encoded_weights(layout.weight, param, at) if layout.weight else [param]
-                values = [weights[0], *codes.encoded(name, layout.dtypes, slots, unit, at), *weights[1:]]
+                values = [weights[0], *codes.encoded(layout.dtypes, slots, unit, at), *weights[1:]]
             if apart:
                 split = (_unflatten(value, column) for value, column in zip(values, written, strict=True))
                 torch._foreach_copy_([t for column in written for t in column], [t for column in split for t in column])

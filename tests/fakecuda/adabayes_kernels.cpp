@@ -41,7 +41,7 @@ void update(void** args, const unsigned* grid, const unsigned* block) {
   for (unsigned b = 0; b < grid[0]; ++b) {
     T c[kCoefficients];
     for (int i = 0; i < kCoefficients; ++i) c[i] = T(coefficient(table, b, i));
-    for (unsigned t = 0; t < block[0]; ++t) update_chunk<K>(table, coefficients<typename K::Rule, T>(c), at<DType>(args[1]), at<Weight>(args[2]), b, t, block[0]);
+    for (unsigned t = 0; t < block[0]; ++t) update_chunk<K>(table, coefficients<typename K::Rule, T>(c), at<DType>(args[1]), b, t, block[0]);
     count_step(table, b);
   }
 }
@@ -74,26 +74,29 @@ void make_decision(void** args, const unsigned*, const unsigned* block) {
   if (decision->skip != 0) ++*host<int64_t>(args[8]);
 }
 
-const size_t kUpdate[] = {sizeof(Table), sizeof(DType), sizeof(Weight)}, kSum[] = {sizeof(Table), 8}, kDecision[] = {8, 8, 8, 8, 8, 8, 1, 8, 8};
+const size_t kUpdate[] = {sizeof(Table), sizeof(DType)}, kSum[] = {sizeof(Table), 8}, kDecision[] = {8, 8, 8, 8, 8, 8, 1, 8, 8};
 
-template <class Rule, class P, class G, bool full, State state, bool parts> void implement_update() {
+template <class Rule, class P, class G, bool full, State state = State::wide, Weight weight = Weight::nearest> void implement_update() {
   const std::string p = typeid(P).name();
   const std::string g = std::is_same_v<P, G> ? (p.size() == 1 ? p : "S3_") : typeid(G).name();
-  const std::string flags = std::string("Lb") + "01"[full] + "EL5State" + "012"[int(state)] + "ELb" + "01"[parts] + "EEE";
+  const std::string flags = std::string("Lb") + "01"[full] + "EL5State" + "012"[int(state)] + "EL6Weight" + "0123"[int(weight)] + "EEE";
   const std::string name = std::string("6updateI4KindI") + typeid(Rule).name() + p + g + flags;
-  fakecuda_implement(name.c_str(), &update<Kind<Rule, P, G, full, state, parts>>, kUpdate, 3);
+  fakecuda_implement(name.c_str(), &update<Kind<Rule, P, G, full, state, weight>>, kUpdate, 2);
 }
-template <class Rule, class P, class G, bool parts = false> void implement_updates() {
-  implement_update<Rule, P, G, false, State::wide, parts>(), implement_update<Rule, P, G, true, State::wide, parts>();
-  if constexpr (!std::is_same_v<P, double>) {
-    implement_update<Rule, P, G, false, State::bfloat16, parts>(), implement_update<Rule, P, G, true, State::bfloat16, parts>();
-    implement_update<Rule, P, G, false, State::small, parts>();
-  }
-  if constexpr (std::is_same_v<P, bfloat16_t> && !parts) implement_updates<Rule, P, G, true>();
+template <class Rule, class P, Weight weight> void implement_coded() {
+  implement_update<Rule, P, AnyGrad, false, State::bfloat16, weight>(), implement_update<Rule, P, AnyGrad, true, State::bfloat16, weight>();
+  implement_update<Rule, P, AnyGrad, false, State::small, weight>();
+  if constexpr (weight != Weight::nearest) implement_update<Rule, P, AnyGrad, false, State::wide, weight>(), implement_update<Rule, P, AnyGrad, true, State::wide, weight>();
+}
+template <class Rule, class P> void implement_updates() {
+  implement_update<Rule, P, P, false>(), implement_update<Rule, P, P, true>();
+  implement_update<Rule, P, AnyGrad, false>(), implement_update<Rule, P, AnyGrad, true>();
+  if constexpr (!std::is_same_v<P, double>) implement_coded<Rule, P, Weight::nearest>();
+  if constexpr (std::is_same_v<P, bfloat16_t>)
+    implement_coded<Rule, P, Weight::stochastic>(), implement_coded<Rule, P, Weight::plus8>(), implement_coded<Rule, P, Weight::plus16>();
 }
 template <class P> void implement() {
-  implement_updates<AdaBayes, P, P>(), implement_updates<AdaBayes, P, AnyGrad>();
-  implement_updates<AdaBayesFP, P, P>(), implement_updates<AdaBayesFP, P, AnyGrad>();
+  implement_updates<AdaBayes, P>(), implement_updates<AdaBayesFP, P>();
   fakecuda_implement((std::string("11sum_squaresI") + typeid(P).name() + "EE").c_str(), &sum_squares<P>, kSum, 2);
 }
 [[gnu::constructor]] void load() {
