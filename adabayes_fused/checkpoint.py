@@ -54,7 +54,8 @@ def hide_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             entry = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
             _check_kind(optimizer, i, entry)
             check_entry((*optimizer.algorithm.slots, "correction"), i, params[i], entry)
-            ours = ("step", "seed", *optimizer.algorithm.slots, "correction")  # what others keep there goes to the parameter's device as torch sees fit
+            # What others keep there goes to the parameter's device as torch sees fit.
+            ours = ("step", "seed", *optimizer.algorithm.slots, "correction")
             entry = {name: _Hidden(value) if name in ours else value for name, value in entry.items()}
         state[i] = entry
     for group in groups:

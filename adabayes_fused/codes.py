@@ -66,9 +66,8 @@ class Storage(NamedTuple):
         if self.state_dtype != "float32" and dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f'state_dtype={self.state_dtype!r} is for float32, float16 and bfloat16 parameters; use "float32"'
         if self.weight_rounding != "nearest" and dtype == torch.float16:
-            return (
-                f'weight_rounding={self.weight_rounding!r} is for bfloat16 parameters, and leaves float32 as they are; use "nearest"'
-            )
+            rounding = f"weight_rounding={self.weight_rounding!r}"
+            return f'{rounding} is for bfloat16 parameters, and leaves float32 as they are; use "nearest"'
         return None
 
     def layout(self, algorithm: Algorithm, dtype: torch.dtype) -> Layout:
@@ -136,8 +135,8 @@ def _upper(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    x = (x ^ _upper(x, 16)) * 0x7FEB352D
-    x = (x ^ _upper(x, 17)) * _signed(0x846CA68B)
+    x = (x ^ _upper(x, 16)).mul(0x7FEB352D)
+    x = (x ^ _upper(x, 17)).mul(_signed(0x846CA68B))
     return x ^ _upper(x, 16)
 
 
@@ -224,7 +223,8 @@ def encode_m8(x: Tensor, random: Tensor, exponent: Tensor) -> Tensor:
 def scale(second: Tensor, unit: Any) -> Tensor:
     """``second`` as it is stored."""
     if second.dtype == torch.uint8:
-        return (second.to(torch.int32) >> 3) - 30 + unit
+        exponent: Tensor = (second.to(torch.int32) >> 3) - 30 + unit
+        return exponent
     smallest = _float(torch.as_tensor(125 - 2 * unit, device=second.device) << 23)
     return -((_bits(second.float() + smallest) >> 23 & 255) - 127 >> 1)
 
@@ -249,34 +249,40 @@ def parted24(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 
 # --- A parameter's tensors --------------------------------------------------------------------------------------------
 
-NEAREST = -1 << 31  # half of all, in place of a random number
+_CODES = (torch.uint8, torch.bfloat16)  # dtypes of state that are codes
+
+
+def _nearest(device: torch.device | str) -> Tensor:
+    """Half of all, in place of a random number."""
+    return torch.tensor(-1 << 31, dtype=torch.int32, device=device)
 
 
 def decoded(slots: Sequence[Tensor], unit: Any) -> list[Tensor]:
     """The first slots as numbers: new tensors where they are codes, else themselves."""
-    values = [decode_u8(t) if i and t.dtype == torch.uint8 else t.float() if t.dtype == torch.bfloat16 else t for i, t in enumerate(slots)]
-    if slots and slots[0].dtype == torch.uint8:
-        values[0] = decode_m8(slots[0], scale(slots[1], unit))
-    return values
+
+    def value(i: int, t: Tensor) -> Tensor:
+        if t.dtype == torch.uint8:
+            return decode_u8(t) if i else decode_m8(t, scale(slots[1], unit))
+        return t.float() if t.dtype == torch.bfloat16 else t
+
+    return [value(i, t) for i, t in enumerate(slots)]
 
 
 def encoded(dtypes: Sequence[torch.dtype], values: Sequence[Tensor], unit: Any, at: Tensor | None) -> list[Tensor]:
     """Numbers as they are stored; ``at``: the key plus the elements' places, None to round to nearest."""
 
-    def random(slot: int) -> Any:  # csrc/codes.h
+    def random(slot: int) -> Tensor:  # whose word is whose: csrc/codes.h
         if at is None:
-            return torch.tensor(NEAREST, dtype=torch.int32, device=values[0].device)
-        drawn = word(at, slot // 2 if slot != 3 else 2)
+            return _nearest(values[0].device)
+        drawn = word(at, (0, 0, 1, 2)[slot])
         return drawn if slot == 1 else turned(drawn)
 
     stored = list(values)
-    for i, (dtype, value) in reversed([*enumerate(zip(dtypes, values, strict=True))]):  # the first slot's code takes the second's
+    for i, dtype in reversed([*enumerate(dtypes)]):  # the first slot's code takes the second's
         if dtype == torch.bfloat16:
-            stored[i] = encode_bfloat16(value, random(i))
-        elif dtype == torch.uint8 and i == 1:
-            stored[i] = encode_u8(value, random(i))
+            stored[i] = encode_bfloat16(values[i], random(i))
         elif dtype == torch.uint8:
-            stored[i] = encode_m8(value, random(i), scale(stored[1], unit))
+            stored[i] = encode_u8(values[i], random(i)) if i else encode_m8(values[i], random(i), scale(stored[1], unit))
     return stored
 
 
@@ -286,8 +292,8 @@ def decoded_weights(param: Tensor, correction: Tensor | None) -> Tensor:
     return joined(param, correction.to(torch.int32) * (256 if correction.dtype == torch.int8 else 1))
 
 
-def encoded_weights(rounding: int, value: Tensor, at: Tensor) -> list[Tensor]:
-    """A bfloat16 parameter, and its correction if there is one; ``rounding``: 1 stochastic, 2 24bit, 3 32bit."""
+def encoded_weights(rounding: int, value: Tensor, at: Any) -> list[Tensor]:
+    """A bfloat16 parameter, and its correction if there is one; ``rounding``: of WEIGHT_ROUNDINGS."""
     if rounding == 1:
         return [encode_bfloat16(value, word(at, 1))]
     high, low = parted24(value, word(at, 1)) if rounding == 2 else parted(value)
@@ -298,23 +304,22 @@ def constant(value: float, dtype: torch.dtype) -> float:
     """What a slot is filled with that is ``value`` everywhere."""
     if dtype != torch.uint8 or value == 0.0:
         return value
-    return int(encode_u8(torch.tensor(value, dtype=torch.float32, device="cpu"), torch.tensor(NEAREST, dtype=torch.int32, device="cpu")))
+    return int(encode_u8(torch.tensor(value, dtype=torch.float32, device="cpu"), _nearest("cpu")))
 
 
 def stored_as(layout: Layout, tensors: Mapping[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:
-    """State, by name, as ``layout`` stores it: itself where it is stored so, else rounded to nearest. What is lacking, and what
-    the layout does not have, is left out. ``seed``: whose unit an 8-bit ``exp_avg`` has."""
+    """State, by name, as ``layout`` stores it: itself where it is stored so, or where no code is involved; else rounded to
+    nearest. What is lacking, and what the layout does not have, is left out. ``seed``: whose unit an 8-bit ``exp_avg`` has."""
     found = {name: tensors[name] for name in layout.names if name in tensors}
     slots = [name for name in layout.slots if name in found]
-    codes = (torch.uint8, torch.bfloat16)
-    if any(found[name].dtype != layout.dtype_of(name) and {found[name].dtype, layout.dtype_of(name)} & {*codes} for name in slots):
+    wanted, given = [layout.dtype_of(name) for name in slots], [found[name].dtype for name in slots]
+    if any(a != b and (a in _CODES or b in _CODES) for a, b in zip(wanted, given, strict=True)):
         unit = 0 if seed is None else unit_of(seed.to(found[slots[0]].device))
-        values = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in decoded([found[name] for name in slots], unit)]
-        dtypes = [layout.dtype_of(name) for name in slots]
-        if {*dtypes} & {*codes}:
+        values = decoded([found[name] for name in slots], unit)
+        if any(dtype in _CODES for dtype in wanted):
             values = [t.to(torch.float32) for t in values]
-        found.update(zip(slots, encoded(dtypes, values, unit, None), strict=True))
-    if layout.correction is not None and "correction" in found and (kept := found["correction"]).dtype != layout.correction:
-        found["correction"] = kept >> 8 if layout.correction == torch.int8 else kept.to(torch.int16) << 8
-        found["correction"] = found["correction"].to(layout.correction)
+        found.update(zip(slots, encoded(wanted, values, unit, None), strict=True))
+    if layout.correction is not None and "correction" in found and found["correction"].dtype != layout.correction:
+        kept = found["correction"].to(torch.int16)
+        found["correction"] = kept << 8 if layout.correction == torch.int16 else (kept >> 8).to(torch.int8)
     return found

@@ -225,7 +225,7 @@ def ready(item: Item, algorithm: Algorithm, storage: Storage) -> list[Tensor] | 
     shape, device = p.shape, p.device
     if not all(t.shape == shape and t.device == device and t.is_contiguous() and t.data_ptr() for t in tensors):
         return None
-    if grad.dtype not in DTYPES or any(t.dtype != layout.dtype_of(name) for name, t in zip(layout.names, tensors[2:], strict=True)):
+    if grad.dtype not in DTYPES or [t.dtype for t in tensors[2:]] != list(map(layout.dtype_of, layout.names)):
         return None
     if any(number(t, t.dtype, device) is not t for t in numbers) or not all(map(has_plain_keys, [*tensors, *numbers])):
         return None

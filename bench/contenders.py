@@ -136,7 +136,7 @@ def peers() -> list[Contender]:
     judge = "torch AdamW for-loop"
     return [
         _peer("torch-optimi", "AdamW", lambda p, optimi: optimi.AdamW(p, **ADAM), "optimi", judge),
-        _peer("flashoptim", "AdamW", lambda p, flash: flash.FlashAdamW(p, **ADAM, master_weight_bits=_flash_bits(p)), "flashoptim"),
+        _peer("flashoptim", "AdamW", lambda p, flash: flash.FlashAdamW(p, **ADAM, **_flash_bits(p)), "flashoptim"),
         _peer("torchao", "AdamW8bit", lambda p, optim: optim.AdamW8bit(p, **ADAM), "torchao.optim", compiles=True),
         _peer("bitsandbytes", "AdamW8bit", lambda p, bnb: bnb.optim.AdamW8bit(p, **ADAM), "bitsandbytes"),
         _peer("apex", "FusedAdam", lambda p, optimizers: optimizers.FusedAdam(p, **ADAM), "apex.optimizers", judge),
@@ -157,9 +157,9 @@ def _peer(package: str, title: str, make, module: str, judge: str | None = None,
     return Contender(f"{package} {title}", "peer", make_peer, judge, compiles)
 
 
-def _flash_bits(params) -> int | None:
-    """It takes its default, 24, where some weights have fewer bits."""
-    return None if all(p.dtype == torch.float32 for p in params) else 24
+def _flash_bits(params) -> dict[str, int | None]:
+    """Its default is refused where all weights have 32 bits."""
+    return dict(master_weight_bits=None if all(p.dtype == torch.float32 for p in params) else 24)
 
 
 def _ivon(optimizer):

@@ -113,7 +113,7 @@ def follow(kappa: float, steps: int = 0) -> list[dict[str, Any]]:
         for follower, optimizer in optimizers:
             if follower.nearest:
                 round_to_nearest(optimizer, follower.nearest, r)
-    return [row for follower, optimizer in optimizers for row in _compared(follower, optimizer, truths[follower.algorithm], kappa)]
+    return [row for f, optimizer in optimizers for row in _compared(f, optimizer, truths[f.algorithm], kappa)]
 
 
 def _compared(follower: Follower, optimizer: Any, truth: Any, kappa: float) -> list[dict[str, Any]]:
@@ -293,14 +293,17 @@ def train_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table]
     for task in TASKS:
         for algorithm in ("AdaBayes", "AdaBayesFP"):
             for arm in ARMS:
-                found = {r["seed"]: r["test_loss"] for r in rows if (r["task"], r["algorithm"], r["arm"]) == (task, algorithm, arm)}
-                if found:
-                    table.add_row(TASKS[task][0], algorithm, arm, *_beside(rows, task, algorithm, found))
+                if found := _losses(rows, task, algorithm, arm):
+                    judge = _losses(rows, task, algorithm, "float32")
+                    table.add_row(TASKS[task][0], algorithm, arm, *_beside(found, judge))
     return rows, table
 
 
-def _beside(rows: list[dict[str, Any]], task: str, algorithm: str, found: dict[int, float]) -> tuple[str, str, str]:
-    judge = {r["seed"]: r["test_loss"] for r in rows if (r["task"], r["algorithm"], r["arm"]) == (task, algorithm, "float32")}
+def _losses(rows: list[dict[str, Any]], *which: str) -> dict[int, float]:
+    return {row["seed"]: row["test_loss"] for row in rows if (row["task"], row["algorithm"], row["arm"]) == which}
+
+
+def _beside(found: dict[int, float], judge: dict[int, float]) -> tuple[str, str, str]:
     beyond = [found[seed] - judge[seed] for seed in found]
     error = statistics.stdev(beyond) / math.sqrt(len(beyond)) if len(beyond) > 1 else math.nan
     return f"{statistics.mean(found.values()):.4f}", f"{statistics.mean(beyond):+.4f}", f"{error:.4f}"

@@ -10,10 +10,12 @@ template <class K>
 __global__ void __launch_bounds__(kThreads, sizeof(typename K::P) == 4 ? 3 : 2) update(const Table table, DType grad_dtype) {
   using T = typename K::T;
   __shared__ T c[kCoefficients];
+  __shared__ uint32_t random;
   if (table.skipped()) return;
   if (threadIdx.x < kCoefficients) c[threadIdx.x] = T(coefficient(table, blockIdx.x, threadIdx.x));
-  __syncthreads();
-  update_chunk<K>(table, coefficients<typename K::Rule, T>(c), grad_dtype, blockIdx.x, threadIdx.x, kThreads);
+  if (K::coded && threadIdx.x == kCoefficients) random = key(table, blockIdx.x);
+  __syncthreads();  // after which the step count may be raised
+  update_chunk<K>(table, coefficients<typename K::Rule, T>(c), K::coded ? random : 0, grad_dtype, blockIdx.x, threadIdx.x, kThreads);
   if (threadIdx.x == 0) count_step(table, blockIdx.x);
 }
 

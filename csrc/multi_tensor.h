@@ -50,6 +50,12 @@ RULE_FN double coefficient(const Table& table, int64_t block, int i) {
   return coefficient(table.numbers + row.group * kNumbers, i, *reinterpret_cast<const float*>(row.step), table.decision ? table.decision->factor : 1.0);
 }
 
+// The key of a block's tensor; 0 where nothing is random.
+RULE_FN uint32_t key(const Table& table, int64_t block) {
+  const Row& row = table.row(block);
+  return row.seed ? key(*reinterpret_cast<const int64_t*>(row.seed), *reinterpret_cast<const float*>(row.step)) : 0;
+}
+
 // Raises the step count of a block's tensor, once every block of that tensor has read it: the last to ask does so.
 RULE_FN void count_step(const Table& table, int64_t block) {
   const Row& row = table.row(block);
@@ -113,7 +119,7 @@ RULE_FN void load_grad(DType dtype, int64_t address, int i, T* to) {
       case DType::f32: return load<N>(reinterpret_cast<const float*>(address), i, to);
       case DType::f64: return load<N>(reinterpret_cast<const double*>(address), i, to);
       case DType::f16: return load<N>(reinterpret_cast<const half_t*>(address), i, to);
-      case DType::bf16: break;
+      default: break;
     }
     load<N>(reinterpret_cast<const bfloat16_t*>(address), i, to);
   } else {
@@ -145,10 +151,9 @@ struct Codes {
   int64_t begin, run, stride;
   bool whole;              // one run, as but for shards
 
-  RULE_FN Codes(const Row& row, int64_t begin) : begin(begin), run(row.run), stride(row.stride), whole(row.numel <= row.run) {
-    if (!row.seed) return;
-    const int64_t seed = *reinterpret_cast<const int64_t*>(row.seed);
-    unit = int(seed >> 32), from = key(seed, *reinterpret_cast<const float*>(row.step)) + uint32_t(row.first) + (whole ? uint32_t(begin) : 0);
+  RULE_FN Codes(const Row& row, int64_t begin, uint32_t key) : begin(begin), run(row.run), stride(row.stride), whole(row.numel <= row.run) {
+    if (row.seed) unit = int(*reinterpret_cast<const int64_t*>(row.seed) >> 32);
+    from = key + uint32_t(row.first) + (whole ? uint32_t(begin) : 0);
   }
 
   // Whether N elements that are accessed at once follow each other in the whole tensor.
@@ -276,14 +281,15 @@ THREAD_FN double sum_of_squares(const Table& table, int64_t block, int thread, i
   return sum;
 }
 
+// `c` and `key` were read by then: the step count may have been raised.
 template <class K>
-THREAD_FN void update_chunk(const Table& table, const typename K::Coefficients& c, DType grad_dtype, int64_t block, int thread, int threads) {
+THREAD_FN void update_chunk(const Table& table, const typename K::Coefficients& c, uint32_t key, DType grad_dtype, int64_t block, int thread, int threads) {
   // The parameter's type fills a 16-byte access; narrower gradients' and codes' are shorter.
   constexpr int N = 16 / sizeof(typename K::P);
   Row row = table.row(block);
   const Chunk chunk(row, table.chunks[block]);
   const bool aligned = ((row.param | row.grad | row.slot[0] | row.slot[1] | row.slot[2] | row.slot[3] | row.correction) & 15) == 0;
-  const Codes codes(K::coded ? row : Row{}, chunk.begin);
+  const Codes codes(K::coded ? row : Row{}, chunk.begin, key);
   row.param += chunk.begin * int64_t(sizeof(typename K::P)), row.grad += chunk.begin * size_of(grad_dtype);
   UNROLL
   for (int s = 0; s < kMaxSlots; ++s) row.slot[s] += chunk.begin * int64_t(s == 1 ? sizeof(typename K::SecondSlot) : sizeof(typename K::Slot));

@@ -13,9 +13,9 @@ struct Row {
   int64_t group;                         // which row of numbers
   int64_t step;                          // address of the step count, a float, which the update raises by one
   // What codes take (codes.h), where the bucket has any:
-  int64_t correction;                    // address: what a bfloat16 weight lacks
-  int64_t seed;                          // address of an int64: seed in the low half, the exponent of exp_avg's unit in the high
-  int64_t first, run, stride;            // element i lies at first + i / run * stride + i % run of the whole tensor
+  int64_t correction = 0;                // address: what a bfloat16 weight lacks
+  int64_t seed = 0;                      // address of an int64: seed in the low half, the exponent of exp_avg's unit in the high
+  int64_t first = 0, run = 1, stride = 0;  // element i lies at first + i / run * stride + i % run of the whole tensor
 };
 constexpr int kRowWords = 14;
 static_assert(sizeof(Row) == kRowWords * sizeof(int64_t), "a row is fourteen words");

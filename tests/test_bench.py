@@ -55,11 +55,25 @@ def test_an_unknown_case_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "moved", "kept"),
     [(contenders.ANCHOR, 28, 8), ("torch AdamW for-loop", 28, 8), ("AdaBayes", 40, 16), ("AdaBayes lean", 28, 8),
-     ("AdaBayes-FP", 32, 12), ("AdaBayes-FP lean", 28, 8), ("slow path AdaBayes", 40, 16)],
+     ("AdaBayes-FP", 32, 12), ("AdaBayes-FP lean", 28, 8), ("slow path AdaBayes", 40, 16), ("AdaBayes lean bfloat16", 20, 4),
+     ("AdaBayes lean 8bit", 16, 2), ("AdaBayes-FP lean 8bit", 18, 3)],
 )  # fmt: skip
 def test_bytes_of_a_parameter(name, moved, kept):
     """Weights and state are read and written, gradients read, post_var written: 4 bytes each time."""
     params = shapes.random_parameters([(100,), (7, 3)], "cpu")
+    optimizer = contenders.contenders("cpu")[name].make(params)
+    optimizer.step()
+    assert memory.traffic(optimizer, params).moved == moved * 121
+    assert memory.state_bytes(optimizer) == kept * 121
+
+
+@pytest.mark.parametrize(
+    ("name", "moved", "kept"),
+    [("AdaBayes lean 8bit with stochastic weights", 10, 2), ("AdaBayes lean 8bit with 24bit weights", 12, 3),
+     ("AdaBayes lean bfloat16 with 32bit weights", 18, 6)],
+)  # fmt: skip
+def test_bytes_of_a_bfloat16_parameter(name, moved, kept):
+    params = shapes.random_parameters([(100,), (7, 3)], "cpu", torch.bfloat16)
     optimizer = contenders.contenders("cpu")[name].make(params)
     optimizer.step()
     assert memory.traffic(optimizer, params).moved == moved * 121
@@ -90,7 +104,7 @@ class Wrong(adabayes_fused.AdaBayes):
 def wrong(monkeypatch):
     known = contenders.contenders("cpu")
     broken = known["AdaBayes"]._replace(make=lambda params: Wrong(params, batch_size=128))
-    monkeypatch.setattr(case, "contenders", lambda device, loop: known | {"AdaBayes": broken})
+    monkeypatch.setattr(case, "contenders", lambda *_: known | {"AdaBayes": broken})
 
 
 def test_a_wrong_kernel_is_not_timed(wrong):
@@ -112,7 +126,7 @@ def test_a_wrong_kernel_makes_the_exit_status_1(wrong, monkeypatch, tmp_path):
 def test_one_that_stands_still_is_not_timed(monkeypatch):
     known = contenders.contenders("cpu")
     still = known["ivon-opt IVON"]._replace(make=lambda params: torch.optim.SGD(params, lr=0.0))
-    monkeypatch.setattr(case, "contenders", lambda device, loop: known | {still.name: still})
+    monkeypatch.setattr(case, "contenders", lambda *_: known | {still.name: still})
     assert "tensor 0 stood still" in rows_of(still.name)[still.name]["note"]
 
 

@@ -1,4 +1,4 @@
-"""State and weights in codes: each code against its definition, the same bits everywhere, unbiased, resumed and resharded exactly."""
+"""State and weights in codes: each against its definition, the same bits everywhere, unbiased, resumed and resharded exactly."""
 
 import contextlib
 import copy
@@ -99,7 +99,8 @@ def test_what_was_decoded_encodes_to_itself(code):
 def test_what_is_not_finite_shows(code):
     """NaN stays NaN; an infinity, which makes the weights NaN at once, is the largest there is."""
     for random in (0, -1):
-        found = ENCODERS[code][0](torch.tensor([math.nan, -math.nan, math.inf, -math.inf]), torch.full((4,), random, dtype=torch.int32))
+        odd = torch.tensor([math.nan, -math.nan, math.inf, -math.inf])
+        found = ENCODERS[code][0](odd, torch.full((4,), random, dtype=torch.int32))
         assert found[:2].isnan().all()
         largest = {"bfloat16": [math.inf, -math.inf], "u8": [3.5, 2.0**-30], "m8": [(56 - 2.0**-10) / 4, -(56 - 2.0**-10) / 4]}
         assert found[2:].tolist() == largest[code]
@@ -144,7 +145,8 @@ def test_random_numbers_are_what_the_formula_gives():
     key = mix((mix(seed % 2**32) + count + 1) % 2**32)
     found = codes.word(at + codes.key(torch.tensor(seed), torch.tensor(float(count))), 1)
     assert (found.long() & 0xFFFFFFFF).tolist() == [mix((key + i + 0x9E3779B9) % 2**32) for i in range(1000)]
-    words = [codes.word(torch.arange(1 << 16, dtype=torch.int32) + codes.key(torch.tensor(5), torch.tensor(t)), j) for t in (1, 2) for j in (0, 1)]
+    places, keys = torch.arange(1 << 16, dtype=torch.int32), [codes.key(torch.tensor(5), torch.tensor(t)) for t in (1, 2)]
+    words = [codes.word(places + key, j) for key in keys for j in (0, 1)]
     draws = [codes._upper(half, 16).double() for word in words for half in (word, codes.turned(word))]
     assert torch.corrcoef(torch.stack(draws)).fill_diagonal_(0.0).abs().max() < 0.02
     for draw in draws:
@@ -230,7 +232,7 @@ def test_32bit_weights_train_as_float32(name):
     with torch.no_grad():
         for p, q in zip(params, others, strict=True):
             q.copy_(p)
-    for t in range(20):
+    for _ in range(20):
         for p, q in zip(params, others, strict=True):
             p.grad = (torch.randn(p.shape) * 0.1).bfloat16()
             q.grad = p.grad.float()
@@ -456,7 +458,8 @@ def test_state_from_adam_is_taken_up(storage):
 @each_preset
 @each_name
 def test_variances_are_read_from_codes(name, storage):
-    (optimizer, params), (judge, others) = (make(name, kind, shapes=[(2000,)], dtypes=[torch.float32], batch_size=8) for kind in (storage, dict(lean=True)))
+    options = dict(shapes=[(2000,)], dtypes=[torch.float32], batch_size=8)
+    (optimizer, params), (judge, others) = (make(name, kind, **options) for kind in (storage, dict(lean=True)))
     for one in ((optimizer, params), (judge, others)):
         steps(*one, 6)
     found, expected = (posterior(o, ps[0]).variance.log() for o, ps in ((optimizer, params), (judge, others)))

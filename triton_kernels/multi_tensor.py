@@ -68,7 +68,9 @@ def _store_codes(pointer, offsets, left, value, FULL: tl.constexpr, EVICT: tl.co
 
 
 @triton.jit
-def _load_state(pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+def _load_state(
+    pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr
+):
     if CODE == 2:
         second = _load_codes(pointers[1], i, left, FULL, EVICT)
         slot1 = codes.decode_u8(second) if second.dtype == tl.uint8 else second.to(STATE)
@@ -81,7 +83,9 @@ def _load_state(pointers, i, left, unit, READS: tl.constexpr, STATE: tl.constexp
 
 
 @triton.jit
-def _store_state(pointers, i, left, slots, at, unit, SLOTS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
+def _store_state(
+    pointers, i, left, slots, at, unit, SLOTS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr
+):
     slot0, slot1, slot2, slot3 = slots
     if CODE > 0:
         random = codes.word(at, 0)
@@ -271,15 +275,21 @@ def multi_tensor(
     )
     start_key = (begin * 0).to(tl.uint32)
     unit = t * 0
-    if CODE > 0 or WEIGHT > 0:
+    if CODE > 0 or WEIGHT > 0:  # noqa: SIM102 (known when it is compiled)
         if tl.load(row + 10) != 0:
             seed = tl.load(tl.load(row + 10).to(tl.pointer_type(tl.int64)))
             start_key = codes.key(seed, t - 1) + tl.load(row + 11).to(tl.uint32)
             unit = (seed >> 32).to(tl.int32)
     if wide:
-        _update_chunk(row, c, start_key, unit, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, STORED, CODE, WEIGHT, CHUNK, BLOCK, EVICT, FAR, True)
+        _update_chunk(
+            row, c, start_key, unit, begin, left,
+            RULE, READS, SLOTS, PARAM, GRAD, STATE, STORED, CODE, WEIGHT, CHUNK, BLOCK, EVICT, FAR, True,
+        )  # fmt: skip
     else:
-        _update_chunk(row, c, start_key, unit, begin, left, RULE, READS, SLOTS, PARAM, GRAD, STATE, STORED, CODE, WEIGHT, CHUNK, BLOCK, EVICT, FAR, False)
+        _update_chunk(
+            row, c, start_key, unit, begin, left,
+            RULE, READS, SLOTS, PARAM, GRAD, STATE, STORED, CODE, WEIGHT, CHUNK, BLOCK, EVICT, FAR, False,
+        )  # fmt: skip
     if DECIDED:
         if tl.load(decision + 2) == 0:
             _count_step(rows, chunks, tickets, CHUNK)

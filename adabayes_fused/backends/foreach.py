@@ -148,7 +148,7 @@ def _prepare(launch: Launch) -> Callable[[], None]:
             unit, at = _codes(launch, parts)
             stored, low = flat[2 : 2 + len(layout.slots)], flat[2 + len(layout.slots) :]
             slots = codes.decoded(stored, unit)
-            param = codes.decoded_weights(flat[0], *(low or [None])) if layout.weight else flat[0].to(state_dtype)
+            param = codes.decoded_weights(flat[0], low[0] if low else None) if layout.weight else flat[0].to(state_dtype)
             grad = flat[1].to(state_dtype)
             values, written = [param, *slots], [columns[0], *columns[2:]]
             apart = len(block) > 1 or param is not flat[0] or layout.coded  # copies, which are written back

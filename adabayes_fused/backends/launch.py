@@ -103,8 +103,8 @@ class Launch:
         slots = len(self.layout.slots)
         addresses = [self._address(t) for t in tensors]
         correction, seed = addresses[2 + slots :] or [0], [self._address(t) for t in numbers[1:]] or [0]
-        unused = [0] * (MAX_SLOTS - slots)
-        return [*addresses[: 2 + slots], *unused, tensors[0].numel(), group, self._address(numbers[0]), *correction, *seed, *place]
+        addresses = [*addresses[: 2 + slots], *[0] * (MAX_SLOTS - slots)]
+        return [*addresses, tensors[0].numel(), group, self._address(numbers[0]), *correction, *seed, *place]
 
     def bring_table(self, chunk: int) -> Table:
         """The table on the device, for programs of ``chunk`` elements."""

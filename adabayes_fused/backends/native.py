@@ -43,7 +43,8 @@ def new_batch(algorithm: Algorithm, storage: Storage, device_types: set[str], dt
     if module is None or api is None or not device_types:
         return None
     slots, layouts = algorithm.stored(storage.lean), described(storage, algorithm)
-    return module.batch(slots, layouts, place_of, (torch.nn.Parameter, torch.Tensor, dtensor), api, sorted(device_types), _plain_tensors)
+    types = (torch.nn.Parameter, torch.Tensor, dtensor)
+    return module.batch(slots, layouts, place_of, types, api, sorted(device_types), _plain_tensors)
 
 
 def bucket(launch: Launch, rows: int, numbers: int) -> tuple[int, ...]:

@@ -233,7 +233,7 @@ std::vector<Row> rows_of(const Job& job, bool full) {
 }
 
 Bucket bucket_of(const Job& job, bool full, const std::vector<Row>& rows) {
-  return {job.algorithm, full, job.param, job.grad, rows.data(), int64_t(rows.size()), kGroups[0]};
+  return {job.algorithm, full, State::wide, Weight::nearest, job.param, job.grad, rows.data(), int64_t(rows.size()), kGroups[0]};
 }
 
 template <class Rule, class T>
@@ -333,7 +333,8 @@ void run_chunks(const Job& job, bool full, const std::vector<Row>& rows, const s
       if (!together) begin(block);
       count_step(table, block);
       for (int thread = kThreads - 1; thread >= 0; --thread)
-        update_chunk<Rule, P, G, decltype(is_full)::value>(table, coefficients<Rule, typename Compute<P>::type>(c[block].data()), job.grad, block, thread, kThreads);
+        update_chunk<Kind<Rule, P, G, decltype(is_full)::value, State::wide, Weight::nearest>>(
+            table, coefficients<Rule, typename Compute<P>::type>(c[block].data()), 0, job.grad, block, thread, kThreads);
     }
   };
   if (table.skipped()) return;
@@ -372,6 +373,116 @@ void chunks() {
     run_chunks(got, full, rows, chunk_map(rows), false, &skip);
     check_equal(got, job, full, "a skipped step");
   });
+}
+
+// --- Codes: the CPU's kernels against the thread function, for every way of storing, shard and instruction set ---
+
+// A parameter stored in codes, and a second copy of it; a shard's rows lie apart in the whole tensor.
+struct Coded {
+  std::vector<uint16_t> weights;
+  std::vector<float> wide_weights, grads;
+  std::vector<uint8_t> slots[kMaxSlots], correction;
+  int64_t seed;
+  float step = 4;
+  Row row{};
+
+  Coded(int64_t numel, int64_t run, bool bf16, std::mt19937 random) : weights(numel), wide_weights(numel), grads(numel), correction(2 * numel) {
+    std::normal_distribution<float> normal;
+    seed = -3 * (int64_t(1) << 32) | 0x9e3779b9;
+    for (int64_t i = 0; i < numel; ++i) {
+      wide_weights[i] = normal(random), grads[i] = 0.1f * normal(random);
+      bfloat16_t stored;
+      narrow(wide_weights[i], stored), weights[i] = stored.bits;
+    }
+    for (auto& slot : slots) {
+      slot.resize(4 * numel);
+      for (auto& byte : slot) byte = uint8_t(random() % 64);  // of floats and bfloat16s too: small positive numbers
+    }
+    for (auto& byte : correction) byte = uint8_t(random());
+    row = {bf16 ? address(weights) : address(wide_weights), address(grads), {}, numel, 0, reinterpret_cast<int64_t>(&step)};
+    for (int s = 0; s < kMaxSlots; ++s) row.slot[s] = address(slots[s]);
+    row.correction = address(correction), row.seed = reinterpret_cast<int64_t>(&seed);
+    row.first = 1000, row.run = run, row.stride = 3 * run;
+  }
+  Coded(const Coded&) = delete;
+
+  template <class V>
+  static int64_t address(V& v) { return reinterpret_cast<int64_t>(v.data()); }
+};
+
+template <class Rule, class P, bool full, State state, Weight weight>
+void check_coded(int algorithm, int64_t numel, int64_t run) {
+  constexpr bool bf16 = std::is_same_v<P, bfloat16_t>;
+  const int64_t chunks = std::max<int64_t>((numel + kChunk - 1) / kChunk, 1);
+  for (const std::string& isa : cpu_isas()) {
+    Coded expected(numel, run, bf16, std::mt19937(3)), got(numel, run, bf16, std::mt19937(3));
+    run_cpu({{algorithm, full, state, weight, bf16 ? DType::bf16 : DType::f32, DType::f32, &got.row, 1, kGroups[0]}}, 2, isa);
+    std::vector<int64_t> map;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) map.push_back(chunk);
+    std::vector<unsigned long long> tickets(1);
+    const Table table{&expected.row, map.data(), tickets.data(), kGroups[0], nullptr};
+    double c[kCoefficients];
+    for (int i = 0; i < kCoefficients; ++i) c[i] = coefficient(table, 0, i);
+    const uint32_t random = key(table, 0);
+    for (int64_t block = 0; block < chunks; ++block) {
+      count_step(table, block);
+      for (int thread = 0; thread < kThreads; ++thread)
+        update_chunk<Kind<Rule, P, AnyGrad, full, state, weight>>(table, coefficients<Rule, float>(c), random, DType::f32, block, thread, kThreads);
+    }
+    context = isa + ", algorithm " + std::to_string(algorithm) + ", state " + std::to_string(int(state)) + ", weights " +
+              std::to_string(int(weight)) + ", numel " + std::to_string(numel) + ", run " + std::to_string(run);
+    const auto same_bytes = [](const auto& a, const auto& b) { return double(a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0); };
+    CHECK(same_bytes(got.weights, expected.weights), 1), CHECK(same_bytes(got.wide_weights, expected.wide_weights), 1);
+    for (int s = 0; s < kMaxSlots; ++s) CHECK(same_bytes(got.slots[s], expected.slots[s]), 1);
+    CHECK(same_bytes(got.correction, expected.correction), 1), CHECK(got.step, expected.step);
+  }
+}
+
+template <class Rule, class P, Weight weight>
+void check_states(int algorithm, int64_t numel, int64_t run) {
+  check_coded<Rule, P, false, State::small, weight>(algorithm, numel, run);
+  check_coded<Rule, P, false, State::bfloat16, weight>(algorithm, numel, run);
+  check_coded<Rule, P, true, State::bfloat16, weight>(algorithm, numel, run);
+  if constexpr (weight != Weight::nearest) check_coded<Rule, P, true, State::wide, weight>(algorithm, numel, run);
+}
+
+// u8 and m8 give back what they hold, and the mean over all random numbers is the value.
+void check_small_codes() {
+  for (int bits = 0; bits < 255; ++bits)
+    for (uint32_t random : {0u, ~0u, 0x12345678u}) {
+      u8_t u;
+      encode(widen(u8_t{uint8_t(bits)}), random, u);
+      CHECK(u.bits, bits);
+      if ((bits & 127) == 127) continue;
+      m8_t m;
+      encode(widen(m8_t{uint8_t(bits)}, -5), random, -5, m);
+      CHECK(m.bits, bits);
+    }
+  CHECK(widen(u8_t{0}), std::ldexp(1.0, -30)), CHECK(widen(u8_t{254}), 3.5), CHECK(widen(m8_t{126}, 0), 56 - std::ldexp(1.0, -10));
+  double mean_u = 0, mean_m = 0;
+  constexpr int kDraws = 1 << 20;
+  for (uint32_t draw = 0; draw < kDraws; ++draw) {
+    u8_t u;
+    m8_t m;
+    encode(0.7f, draw << 12, u), encode(-0.3f, draw << 12, 2, m);
+    mean_u += widen(u) / double(kDraws), mean_m += widen(m, 2) / double(kDraws);
+  }
+  context = "the mean over all draws";
+  CHECK(double(std::fabs(mean_u - 0.7f) < 1e-7), 1), CHECK(double(std::fabs(mean_m + 0.3f) < 1e-7), 1);
+}
+
+void codes() {
+  context = "";
+  check_small_codes();
+  for (int64_t numel : {int64_t(0), int64_t(1), int64_t(1037), 2 * kChunk + 5})
+    for (int64_t run : {std::max<int64_t>(numel, 1), int64_t(8), int64_t(7)}) {
+      check_states<AdaBayes, float, Weight::nearest>(0, numel, run);
+      check_states<AdaBayesFP, float, Weight::nearest>(1, numel, run);
+      check_states<AdaBayes, bfloat16_t, Weight::nearest>(0, numel, run);
+      check_states<AdaBayes, bfloat16_t, Weight::stochastic>(0, numel, run);
+      check_states<AdaBayesFP, bfloat16_t, Weight::plus8>(1, numel, run);
+      check_states<AdaBayes, bfloat16_t, Weight::plus16>(0, numel, run);
+    }
 }
 
 // --- Numbers of a step: against long double ---
@@ -473,7 +584,8 @@ void large() {
 }
 
 struct Case { const char* name; void (*run)(); };
-constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"numbers", numbers}, {"decisions", decisions}, {"squares", squares}, {"large", large}};
+constexpr Case kCases[] = {{"conversions", conversions}, {"rules", rules}, {"cpu", cpu}, {"long_ranges", long_ranges}, {"chunks", chunks}, {"numbers", numbers}, {"decisions", decisions}, {"codes", codes}, {"squares", squares},
+                           {"large", large}};
 
 }  // namespace
 

@@ -41,8 +41,9 @@ void update(void** args, const unsigned* grid, const unsigned* block) {
   for (unsigned b = 0; b < grid[0]; ++b) {
     T c[kCoefficients];
     for (int i = 0; i < kCoefficients; ++i) c[i] = T(coefficient(table, b, i));
-    for (unsigned t = 0; t < block[0]; ++t) update_chunk<K>(table, coefficients<typename K::Rule, T>(c), at<DType>(args[1]), b, t, block[0]);
+    const uint32_t random = key(table, b);
     count_step(table, b);
+    for (unsigned t = 0; t < block[0]; ++t) update_chunk<K>(table, coefficients<typename K::Rule, T>(c), random, at<DType>(args[1]), b, t, block[0]);
   }
 }
 
