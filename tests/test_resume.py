@@ -39,6 +39,8 @@ class Run:
         self.kind = dict(name=name, tensor_lr=tensor_lr, **policy)
         self.model = torch.nn.Module()
         for key, (shape, dtype) in SHAPES.items():
+            if dtype == torch.float64 and policy.get("state_dtype", "float32") != "float32":
+                continue  # which take no codes
             p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
             if p.dim() == 4:
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -196,11 +198,21 @@ def interrupted(run, way, path, expected):
             assert_same(run, expected[t])
 
 
+STORED = {
+    "full": {},
+    "lean": dict(lean=True),
+    "bfloat16": dict(state_dtype="bfloat16", weight_rounding="stochastic"),
+    "8bit": dict(lean=True, state_dtype="8bit", weight_rounding="24bit"),
+    "32bit weights": dict(lean=True, weight_rounding="32bit"),
+}
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lean", [False, True], ids=["full", "lean"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("name", FUSED)
-def test_goes_on_bit_for_bit(name, lean, way, tmp_path):
-    interrupted(Run(name, lean=lean), WAYS[way], tmp_path, uninterrupted(name, lean=lean))
+def test_goes_on_bit_for_bit(name, stored, way, tmp_path):
+    kind = STORED[stored]
+    interrupted(Run(name, **kind), WAYS[way], tmp_path, uninterrupted(name, **kind))
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -31,7 +31,11 @@ OPTIMIZERS = {
     "AdaBayesFP": (AdaBayesFP, {}),
     "AdaBayesFP-lean": (AdaBayesFP, dict(lean=True)),
 }
-SAVED = ("AdaBayes", "AdaBayesFP-lean")
+CODED = {  # rounded by random numbers that are the whole tensor's
+    "AdaBayes-8bit": (AdaBayes, dict(batch_size=12, lean=True, state_dtype="8bit", seed=5)),
+    "AdaBayesFP-bfloat16": (AdaBayesFP, dict(state_dtype="bfloat16", seed=5)),
+}
+SAVED = ("AdaBayes", "AdaBayesFP-lean", *CODED)
 CLIP = dict(max_grad_norm=0.05, skip_nonfinite=True)
 BATCH = 12  # which 1, 2, 3 and 4 processes share evenly
 FOLDER = Path()
@@ -76,7 +80,7 @@ def sharded(net=None, mesh=None, **options):
 
 
 def make(name, params, **policy):
-    kind, options = OPTIMIZERS[name]
+    kind, options = (OPTIMIZERS | CODED)[name]
     return kind(params, lr=1e-2, **options, **policy)
 
 
@@ -176,7 +180,7 @@ def follow(net, optimizer, steps, name, reference=None, **policy):
         "first": first[0].seen,
         "later": first[1].seen,
         "shapes": [list(p._local_tensor.shape) for p in params if isinstance(p, DTensor)],
-        "placed": all(placed(s, p) for p in params for n, s in optimizer.state[p].items() if n != "step"),
+        "placed": all(placed(s, p) for p in params for s in optimizer.state[p].values() if s.dim()),
     }
 
 
@@ -202,6 +206,9 @@ def case_fsdp2():
             policy = CLIP if clip else {}
             net = sharded()
             found[f"{name}{' clipped' if clip else ''}"] = follow(net, make(name, parameters(net), **policy), 20, name, **policy)
+    for name in CODED:
+        net = sharded()
+        found[name] = follow(net, make(name, parameters(net)), 20, name)
     return found
 
 
@@ -324,6 +331,10 @@ def case_hsdp():
         net = sharded(mesh=mesh)
         optimizer = make(name, parameters(net), **CLIP)
         found[name] = follow(net, optimizer, 10, name, **CLIP)
+        found[name]["replicas"] = [same_on_replicas(p, mesh) for p in parameters(net)]
+    for name in CODED:
+        net = sharded(mesh=mesh)
+        found[name] = follow(net, make(name, parameters(net)), 10, name)
         found[name]["replicas"] = [same_on_replicas(p, mesh) for p in parameters(net)]
     return found
 
@@ -571,7 +582,7 @@ def train_block(block, params, mesh_2d):
             "later": counts[1].seen,
             "placements": sorted({str(p.placements) for p in params}),
             "gradients": sorted({str(p.grad.placements) for p in params}),
-            "placed": all(placed(s, p) for p in params for n, s in optimizer.state[p].items() if n != "step"),
+            "placed": all(placed(s, p) for p in params for s in optimizer.state[p].values() if s.dim()),
         }
     return found
 
@@ -621,7 +632,7 @@ def load_parts(net, params):
                     p._local_tensor.copy_(value._local_tensor)
             each.step()
             ends.append(everything(each, params))
-            found[form].append(all(placed(s, p) for p in params for n, s in each.state[p].items() if n != "step"))
+            found[form].append(all(placed(s, p) for p in params for s in each.state[p].values() if s.dim()))
         with torch.no_grad():
             for p, value in kept.items():
                 p._local_tensor.copy_(value._local_tensor)
@@ -707,7 +718,7 @@ def case_load():
                 put(net, optimizer, state, **options)
             result = {
                 "at_save": bits(everything(optimizer, params), expected["at_save"]),
-                "placed": all(placed(s, p) for p in params for n, s in optimizer.state[p].items() if n != "step"),
+                "placed": all(placed(s, p) for p in params for s in optimizer.state[p].values() if s.dim()),
             }
             train(net, optimizer, range(5, 10))
             after = everything(optimizer, params)
@@ -736,7 +747,7 @@ def case_load_plain():
             params = list(net.parameters())
             found[f"{name} {form}"] = {
                 "at_save": bits(everything(optimizer, params), expected["at_save"]),
-                "placed": all(placed(s, p) for p in params for n, s in optimizer.state[p].items() if n != "step"),
+                "placed": all(placed(s, p) for p in params for s in optimizer.state[p].values() if s.dim()),
                 "after": 0,
             }
     return found
