@@ -153,7 +153,7 @@ def _own_entry(
     layout = optimizer._given().storage.layout(algorithm, p.dtype)
     entry = {"step": new_step(saved["step"], device, slabs)}
     # State that was made for its own sake, by torch.distributed.checkpoint, was made before the groups were loaded.
-    begun = "seed" in saved and not saved["step"] == 0
+    begun = "seed" in saved and saved["step"] != 0
     word = number(saved["seed"] if begun else seed, torch.int64, device)
     parts = {name: local(placed_like(p, saved[name].detach())) for name in layout.names if name in saved}
     stored = codes.stored_as(layout, parts, word)

@@ -404,7 +404,7 @@ class AdaBayes(_FusedOptimizer):
         u_{prior} &\leftarrow (1 - \kappa/2)^2 u_{post} + \kappa \\
         w &\leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, r \, u_{post} \, m / (1 - \beta_1^t)
 
-    Every option but ``lean``, ``backend`` and the last three may also be given per parameter group. ``lr``,
+    Every option but ``lean``, ``backend`` and those from ``fused_unscale`` on may also be given per parameter group. ``lr``,
     ``batch_size``, ``weight_decay``, ``betas`` and the group's ``r`` are read afresh at each step.
 
     Args:
@@ -428,9 +428,14 @@ class AdaBayes(_FusedOptimizer):
         max_grad_norm: clip the 2-norm of all gradients to this, within ``step``; ``p.grad`` stays as it is. inf measures only.
             Over all parts of DTensors; under ZeroRedundancyOptimizer over this process's share alone.
         skip_nonfinite: a step with a gradient that is not finite changes nothing.
+        state_dtype: ``"float32"``; ``"bfloat16"``; ``"8bit"``, with ``lean`` alone. The latter are rounded stochastically.
+        weight_rounding: of bfloat16 parameters. ``"nearest"``; ``"stochastic"``; ``"24bit"`` and ``"32bit"``, which keep what a
+            weight lacks in ``correction``, 8 or 16 bits.
+        seed: of the random numbers; each parameter's own is made of it and of its position, and is saved with the state.
 
     State per parameter: ``step``, a 0-dim float32 tensor; ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
-    ``post_var``, shaped like it, float32 (float64 for float64), variances in units of sigma^2.
+    ``post_var``, shaped like it, float32 (float64 for float64), variances in units of sigma^2. In fewer bits they are codes
+    (``codes.py``), uint8 or bfloat16; ``correction`` is int8 or int16; ``seed`` a 0-dim int64 tensor where anything is random.
 
     Raises: ValueError or TypeError that says what was given and what is allowed.
 
@@ -497,8 +502,8 @@ class AdaBayesFP(_FusedOptimizer):
     ``sgd_lr=inf`` is AdamW; where gradients tend to 0 it is SGD at ``sgd_lr``, with averaged momentum. The batch size cancels.
 
     Args:
-        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale, max_grad_norm, skip_nonfinite: as in
-            :class:`AdaBayes`.
+        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale, max_grad_norm, skip_nonfinite, state_dtype,
+            weight_rounding, seed: as in :class:`AdaBayes`.
         sgd_lr: as in :class:`AdaBayes`, or inf.
         eps: AdamW's; needed only where ``sgd_lr=inf``.
         batch_size: not used by the update; tell it to have variances in the paper's units.

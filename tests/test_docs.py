@@ -16,6 +16,7 @@ NEEDS = {
     "accelerate.md": ("accelerate", "sklearn"),
     "huggingface.md": ("transformers", "accelerate", "sklearn"),
     "lightning.md": ("lightning", "sklearn"),
+    "memory.md": ("sklearn",),
     "pytorch.md": ("sklearn",),
 }
 

@@ -31,6 +31,9 @@ CASES = {
     "skip": (dict(skip_nonfinite=True), 3),
     "scaler, clip and skip": (dict(max_grad_norm=1.0, skip_nonfinite=True), 3),
     "lr tensor": ({}, 3 + 12),
+    "bfloat16": (dict(state_dtype="bfloat16"), 1),
+    "8bit": (dict(lean=True, state_dtype="8bit", seed=3), 1),
+    "8bit, scaler, clip and skip": (dict(lean=True, state_dtype="8bit", max_grad_norm=1.0, skip_nonfinite=True), 3),
 }
 
 
@@ -148,7 +151,7 @@ def test_the_kernels_give_the_cpus_weights(name, case, backend):
         torch.testing.assert_close(optimizer.grad_norm.cpu(), judge.grad_norm)
 
 
-@pytest.mark.parametrize("case", ["plain", "clip", "lr tensor"])
+@pytest.mark.parametrize("case", ["plain", "clip", "lr tensor", "bfloat16", "8bit"])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_graph_keeps_what_it_reads(name, case, backend):
     """Also when later steps have had the optimizer forget it, and others would get the memory."""
