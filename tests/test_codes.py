@@ -208,19 +208,21 @@ def test_every_backend_gives_the_same_bits(name, storage, target, interpreted):
 @each_storage
 @each_name
 def test_threads_and_layouts_change_nothing(name, storage):
-    shapes = [(5, 7, 3, 3), (200_000,), (3,)]
     found = []
-    for threads in (1, 2, 7):
+    for threads, backend in ((1, "auto"), (2, "auto"), (7, "auto"), (1, "foreach")):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            optimizer, params = make(name, storage, shapes=shapes)
+            optimizer, params = make(name, storage, backend=backend, shapes=[(5, 7, 3, 3), (200_000,), (3,), (4, 2, 3, 3)])
+            for p in params:
+                if p.dim() == 4:
+                    p.data = p.data.contiguous(memory_format=torch.channels_last)
             steps(optimizer, params, 3)
         finally:
             torch.set_num_threads(before)
-        found.append(bits_of(optimizer, params))
-    assert same(found[0], found[1])
-    assert same(found[0], found[2])
+        if backend == "auto" or name == "AdaBayes":  # whose roots torch rounds correctly
+            found.append(bits_of(optimizer, params))
+    assert all(same(found[0], other) for other in found[1:])
 
 
 @each_name

@@ -25,6 +25,7 @@ import torch
 import torch._dynamo  # which torch.optim imports at its first use, for seconds, in every child
 
 from adabayes_fused import AdaBayes, AdaBayesFP
+from adabayes_fused.codes import WEIGHT_ROUNDINGS
 
 F32, F64, F16, BF16, C64 = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64
 SHAPES = ((3,), (), (4, 3), (1,), (2, 0), (0,), (1, 5), (5, 1), (2, 3, 2), (17,), (1, 1), (65,))
@@ -149,7 +150,7 @@ class Walk:
 
     def floats(self):
         """With a clipped norm no float64: backends sum it in another order, which float32 does not show."""
-        return (F32, BF16, F16) if self.clipped else (F32, BF16, F16, F64)
+        return (F32, BF16) if self.coded else (F32, BF16, F16) if self.clipped else (F32, BF16, F16, F64)
 
     def note(self, *words):
         self.events.append(" ".join(map(str, words)))
@@ -179,6 +180,10 @@ class Walk:
         algorithm = AdaBayesFP if self.fixed_point else AdaBayes
         policy = dict(lean=self.chance(0.2), max_grad_norm=draw.choice((0.5, math.inf)) if self.clipped else None)
         policy["skip_nonfinite"] = self.chance(0.15)
+        self.coded = not self.fixed_point and not self.clipped and self.chance(0.25)  # of the others only the last bit may differ
+        if self.coded:
+            policy |= dict(state_dtype=draw.choice(("bfloat16", "8bit")), weight_rounding=draw.choice(WEIGHT_ROUNDINGS), seed=3)
+            policy["lean"] |= policy["state_dtype"] == "8bit"
         options = dict(
             lr=draw.choice((1e-3, 1e-2)), batch_size=8, maximize=self.chance(0.1), betas=draw.choice(((0.9, 0.999), (0.0, 0.5)))
         )
@@ -192,6 +197,8 @@ class Walk:
         ]
         self.many = draw.choices(("few", "slabs", "thousands"), (0.98, 0.0195, 0.0005))[0]
         self.dtypes = [F32] if self.chance(0.6) else [F32, F32, F32, F32, BF16, F16, C64, *([] if self.clipped else [F64])]
+        if self.coded:
+            self.dtypes = [F32, F32, BF16]
         shapes = {
             "few": [draw.choice(SHAPES) for _ in range(draw.choice((1, 2, 2, 3, 4)))],
             "slabs": [draw.choice(((1000,), (1000,), (500,), (20, 50)))] * draw.randint(14, 24),  # a slab for a slot or two
@@ -374,7 +381,7 @@ class Walk:
         def act(side):
             for i in which:
                 for name, value in (state(side).get(side.params[i]) or {}).items():
-                    if isinstance(value, torch.Tensor):
+                    if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):  # no code
                         value.add_(3) if name == "step" else value.mul_(factor)
 
         self.both(act)

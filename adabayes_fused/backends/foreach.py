@@ -194,7 +194,7 @@ def _unflatten(value: Tensor, column: list[Tensor]) -> Tensors:
 
 def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[Tensor]], list[_Part]]]:
     """Tensors of one row of coefficients, whole ones up to a block's size together, or one part of a larger one."""
-    most = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE)
+    most, random = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE), launch.layout.random
     block: list[list[Tensor]] = []
     parts: list[_Part] = []
     block_k = numel = 0
@@ -202,10 +202,10 @@ def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[T
         k, tensors = which[t], launch.tensors[t]
         size = tensors[0].numel()
         if block and (k != block_k or numel + size > most):
-            yield block_k, _lines(block), parts
+            yield block_k, _lines(block, random), parts
             block, parts, numel = [], [], 0
         if 2 * size > most:  # worth no copy
-            (lines,) = _lines([tensors])
+            (lines,) = _lines([tensors], random)
             for i in range(0, size, most):
                 yield k, [[line[i : i + most] for line in lines]], [_Part(t, i, min(most, size - i))]
         elif size:
@@ -213,11 +213,12 @@ def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[T
             parts.append(_Part(t, 0, size))
             block_k, numel = k, numel + size
     if block:
-        yield block_k, _lines(block), parts
+        yield block_k, _lines(block, random), parts
 
 
-def _lines(block: list[list[Tensor]]) -> list[list[Tensor]]:
-    """The tensors of a parameter that is alone in the order of their memory, which is the same for all of them."""
-    if len(block) > 1:
+def _lines(block: list[list[Tensor]], random: bool) -> list[list[Tensor]]:
+    """Each parameter's tensors in the order of their memory, which is the same for all of them; of several, only where random
+    numbers count elements in that order."""
+    if len(block) > 1 and not random:
         return block
-    return [[t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in block[0]]]
+    return [[t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors] for tensors in block]
