@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What only a GPU can show, on a machine that is at hand for minutes: bench/gpu.sh FOLDER [PART ...]
 # Each part has a time limit of its own and prints to FOLDER/PART.txt as well, so that a cut leaves what was done. Parts, with
-# minutes on an H100's machine: build 1, tests 2, suite 5, sanitize 4, step 3, real 3, host 1, verdict 0, tune 4, bfloat16 3; all, if
+# minutes on an H100's machine: build 1, tests 2, suite 5, sanitize 4, step 3, real 3, host 1, verdict 0, low 1, tune 4, bfloat16 3; all, if
 # none is given.
 # PYTHON, DEVICE=cpu and CASES may be set, to try the script elsewhere.
 set -u
-[ $# -ge 1 ] || { echo "usage: bench/gpu.sh FOLDER [build|tests|suite|sanitize|step|real|host|verdict|tune|bfloat16 ...]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: bench/gpu.sh FOLDER [build|tests|suite|sanitize|step|real|host|verdict|low|tune|bfloat16 ...]" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3} device=${DEVICE:-cuda} failed=
@@ -29,7 +29,7 @@ build() {  # by CMake alone where the machine's setuptools is too old
   run build 60 "$python" -m adabayes_fused
 }
 
-tests() { run tests 300 "$python" -m pytest -q --durations 5 tests/test_gpu.py tests/test_gpu_host.py tests/test_capture.py \
+tests() { run tests 300 "$python" -m pytest -q --durations 5 tests/test_gpu.py tests/test_gpu_host.py tests/test_codes.py tests/test_capture.py \
   tests/test_resume.py::test_a_captured_step_goes_on_from_what_is_loaded; }
 
 # Every test that is made for a device, there; those of building, training and talking to other processes have none.
@@ -61,6 +61,13 @@ measure() {  # PART SECONDS BUDGET CASE ...
 
 step() { measure step 420 8 ${CASES:-1x256M resnet34 densenet121 gpt2}; }
 bfloat16() { measure bfloat16 300 6 ${CASES:-1x256M:bfloat16 gpt2:bfloat16 1x256M:clipped}; }
+low() {  # state and weights in codes, of which each has the verdict's floor of its own bytes
+  local weights=("AdaBayes lean bfloat16 with 32bit weights" "AdaBayes lean 8bit with 24bit weights" "AdaBayes lean 8bit with stochastic weights")
+  for dtype in "" :bfloat16; do
+    run low 120 "$python" -m bench step --device "$device" --cases ${CASES:-1x256M$dtype} --budget 2 --output "$out/low${dtype#:}" --overwrite \
+      --contenders "AdaBayes lean" "AdaBayes lean bfloat16" "AdaBayes lean 8bit" "AdaBayes-FP lean 8bit" "${weights[@]}" "flashoptim AdamW"
+  done
+}
 real() {  # what training does besides: clips, and scales for float16
   measure real 420 4 ${CASES:-densenet121:clipped gpt2:clipped densenet121:scaled gpt2:scaled densenet121:scaled:clipped gpt2:scaled:clipped}
 }
@@ -70,8 +77,8 @@ tune() { run tune 400 "$python" -m bench.tune --output "$out/tune" ${CASES:+--ca
 
 for part in "${@:-all}"; do
   case $part in
-    all) build; tests; suite; sanitize; step; real; host; verdict; tune; bfloat16 ;;
-    build | tests | suite | sanitize | step | real | host | verdict | tune | bfloat16) "$part" ;;
+    all) build; tests; suite; sanitize; step; real; host; verdict; low; tune; bfloat16 ;;
+    build | tests | suite | sanitize | step | real | host | verdict | low | tune | bfloat16) "$part" ;;
     *) echo "there is no part $part" >&2; exit 2 ;;
   esac
 done

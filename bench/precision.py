@@ -3,7 +3,8 @@
     python -m bench.precision stationary                       the filter's averages beside float64's: minutes
     python -m bench.precision train TEXT [--fashion FOLDER]    trainings beside float32's: an hour on two cores
 
-Both write a JSON with every figure, and a table.
+Both write a JSON with every figure, and a table. Trainings that the folder holds already are not made again, so that seeds and
+arms may be added.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ ARMS: dict[str, tuple[dict[str, Any], bool]] = {  # options, and whether weights
     "8bit, weights 24bit": (dict(state_dtype="8bit", weight_rounding="24bit"), True),
     "8bit, weights stochastic": (dict(state_dtype="8bit", weight_rounding="stochastic"), True),
     "float32, weights to nearest": ({}, True),
+    "float32, begun a millionth off": ({}, False),  # what any difference comes to: trainings are chaotic
 }
 TASKS = {"text": ("characters, transformer", 4000), "fashion": ("Fashion-MNIST, small network", 2000)}
 
@@ -245,6 +247,9 @@ def train(task: str, where: Path, algorithm: str, arm: str, seed: int, steps: in
     torch.manual_seed(seed)
     source = {"text": Text, "fashion": Fashion}[task](where)
     model, generator = source.model(), torch.Generator().manual_seed(seed)
+    if arm.endswith("off"):
+        for p in model.parameters():
+            p.data.mul_(1.0 + 1e-6)
     options, bfloat16 = ARMS[arm]
     stored, lr = Stored(model, bfloat16), 3e-3
     kind: Any = {"AdaBayes": AdaBayes, "AdaBayesFP": AdaBayesFP}[algorithm]
@@ -276,19 +281,23 @@ def train(task: str, where: Path, algorithm: str, arm: str, seed: int, steps: in
 
 def train_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table]:
     where = {"text": options.text, "fashion": options.fashion}
+    rows = results(options).get("rows", [])
+    made = {tuple(row[name] for name in ("task", "algorithm", "arm", "seed", "steps")) for row in rows}
     jobs = [
         (task, where[task], algorithm, arm, seed, options.steps or TASKS[task][1])
         for seed in options.seeds
-        for task in TASKS
+        for task in options.tasks
         if where[task] is not None
         for algorithm, arms in (("AdaBayes", list(ARMS)), ("AdaBayesFP", list(ARMS)[:3]))
         for arm in arms
+        if arm in options.arms and (task, algorithm, arm, seed, options.steps or TASKS[task][1]) not in made
     ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(train, *zip(*jobs, strict=True)))
+    if jobs:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            rows += pool.map(train, *zip(*jobs, strict=True))
     table = Table(
-        *("", "optimizer", "state and weights", "test loss", "beyond float32's", "standard error"),
-        title=f"Final test losses, means of {len(options.seeds)} seeds; differences of the same seed",
+        *("", "optimizer", "state and weights", "seeds", "test loss", "beyond float32's", "standard error"),
+        title="Final test losses, means over seeds; differences of the same seed",
     )
     for task in TASKS:
         for algorithm in ("AdaBayes", "AdaBayesFP"):
@@ -303,10 +312,17 @@ def _losses(rows: list[dict[str, Any]], *which: str) -> dict[int, float]:
     return {row["seed"]: row["test_loss"] for row in rows if (row["task"], row["algorithm"], row["arm"]) == which}
 
 
-def _beside(found: dict[int, float], judge: dict[int, float]) -> tuple[str, str, str]:
+def _beside(found: dict[int, float], judge: dict[int, float]) -> tuple[str, ...]:
     beyond = [found[seed] - judge[seed] for seed in found]
     error = statistics.stdev(beyond) / math.sqrt(len(beyond)) if len(beyond) > 1 else math.nan
-    return f"{statistics.mean(found.values()):.4f}", f"{statistics.mean(beyond):+.4f}", f"{error:.4f}"
+    return str(len(found)), f"{statistics.mean(found.values()):.4f}", f"{statistics.mean(beyond):+.4f}", f"{error:.4f}"
+
+
+def results(options: argparse.Namespace) -> dict[str, Any]:
+    """What the folder holds."""
+    file = options.output / "results.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -319,6 +335,9 @@ def main(argv: list[str] | None = None) -> int:
     two.add_argument("text", type=Path, metavar="TEXT", help="a file of about a million characters")
     two.add_argument("--fashion", type=Path, metavar="FOLDER", help="Fashion-MNIST as IDX files; without it, the text alone")
     two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="0 1 2, if not given")
+    arms = f"all, if not given: {', '.join(map(repr, ARMS))}"
+    two.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=arms)
+    two.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="text fashion, if not given")
     two.add_argument("--steps", type=int, help="of each training; 4000 and 2000, if not given")
     for command in (one, two):
         command.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; 2, if not given")
@@ -326,10 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     options, console = parser.parse_args(argv), Console()
     if not console.is_terminal:
         console.width = 150
+    folder = options.output = options.output or Path("runs") / f"precision-{options.command}"
     rows, table = (stationary if options.command == "stationary" else train_all)(options)
-    folder = options.output or Path("runs") / f"precision-{options.command}"
     folder.mkdir(parents=True, exist_ok=True)
-    about = machine.about("cpu", "bench.precision")
+    about = [*results(options).get("about", []), machine.about("cpu", "bench.precision")]
     (folder / "results.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
     with (folder / "table.txt").open("w") as file:
         Console(file=file, width=150).print(table)
