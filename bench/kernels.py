@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from adabayes_fused.codes import Storage
+from adabayes_fused.codes import STATE_DTYPES, WEIGHT_ROUNDINGS, Storage
 
 from .timing import Tell
 
@@ -150,13 +150,17 @@ def triton_rows(target: str, folder: Path) -> list[dict]:
     rows = []
     for (index, storage, param, grad, skippable), kernel in zip(CASES, compile_apart(target, folder).values(), strict=True):
         registers, spilled = usage_of(kernel)
-        name = f"{ALGORITHMS[index].name}{' lean' if storage.lean else ''}{', may skip' if skippable else ''}"
-        name += "".join(f", {given}" for given in storage[1:] if given not in ("float32", "nearest"))
+        name = _name(ALGORITHMS[index].name, storage) + (", may skip" if skippable else "")
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (param, grad)]
         rows.append(
             _row("triton", target, name, dtypes, registers, spilled, *(accesses(kernel["asm"], w) for w in ("load", "store")))
         )
     return rows
+
+
+def _name(algorithm: str, storage: Storage) -> str:
+    given = [x for x in (storage.state_dtype, f"{storage.weight_rounding} weights") if x not in ("float32", "nearest weights")]
+    return ", ".join([algorithm + (" lean" if storage.lean else ""), *given])
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
@@ -186,9 +190,14 @@ def cuda_rows(target: str, folder: Path) -> list[dict]:
     )
     rows = []
     for symbol, line in re.findall(r"Function (\S+):\n\s+(REG:.*)", usage):
-        rule, param, grad, full = re.search(r"update<(\w+), (\w+), (\w+), (\w+)>", _output(tools["c++filt"], symbol)).groups()
+        kind = re.search(
+            r"update<Kind<(\w+), (\w+), (\w+), (\w+), \(State\)(\d), \(Weight\)(\d)>", _output(tools["c++filt"], symbol)
+        )
+        if kind is None:  # a norm, a decision
+            continue
+        rule, param, grad, full, state, weight = kind.groups()
         registers, spilled = usage_of(dict(usage=line))
-        name = rule + ("" if full == "true" else " lean")
+        name = _name(rule, Storage(full == "false", STATE_DTYPES[int(state)], WEIGHT_ROUNDINGS[int(weight)]))
         rows.append(
             _row("cuda", target, name, [param, grad], registers, spilled, *(sass_accesses(sass[symbol], w) for w in ("LD", "ST")))
         )
