@@ -163,18 +163,20 @@ def test_ddp_keeps_replicas_the_same(launched):
 
 def test_fsdp1(launched):
     for result in launched("fsdp1", 2):
-        for run in result.values():
-            assert run["single"] < ROUNDING
+        for name, run in result.items():
+            assert run["single"] < (2e-2 if "bfloat16" in name else ROUNDING)
             assert "clip_grad_norm_" in run["refused"]
-        assert result["original False"]["state"] < ROUNDING
-        assert result["original False"]["continued"] == 0
+            if "continued" in run:
+                assert run["state"] < ROUNDING
+                assert run["continued"] == 0
+        assert sum("continued" in run for run in result.values()) == 2
 
 
 def test_zero_redundancy_optimizer(launched):
     results = launched("zero", 2)
     for result in results:
-        for run in result.values():
-            assert run["single"] < ROUNDING
+        for name, run in result.items():
+            assert run["single"] < (2e-2 if "8bit" in name else ROUNDING)  # whose seeds are by position in the process's share
             assert run["lr"] == [1e-3]
             assert run["saved"] == 8
             assert (run["continued"], run["state"]) == (0, 0)

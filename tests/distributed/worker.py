@@ -423,16 +423,16 @@ def case_fsdp1():
         return FSDP(Net(), use_orig_params=original, device_id=torch.device("cpu"))
 
     found = {}
-    for original in (False, True):
+    for name, original in (("AdaBayes", False), ("AdaBayes", True), ("AdaBayesFP-bfloat16", False)):
         net, single_net = wrapped(original), Net()
-        optimizer, single = make("AdaBayes", net.parameters()), make("AdaBayes", single_net.parameters())
+        optimizer, single = make(name, net.parameters()), make(name, single_net.parameters())
         train(net, optimizer, range(10))
         for t in range(10):
             backward(single_net, batch(t, share=False))
             single.step()
         ours, theirs = weights(net), dict(single_net.named_parameters())
-        found[f"original {original}"] = result = {
-            "single": max((ours[name] - p).abs().max().item() for name, p in theirs.items()),
+        found[f"{name}, original {original}"] = result = {
+            "single": max((ours[key] - p).abs().max().item() for key, p in theirs.items()),
             "refused": "",
         }
         try:
@@ -445,12 +445,13 @@ def case_fsdp1():
         with FSDP.state_dict_type(net, StateDictType.FULL_STATE_DICT), FSDP.state_dict_type(other, StateDictType.FULL_STATE_DICT):
             saved = copy.deepcopy(FSDP.optim_state_dict(net, optimizer))
             other.load_state_dict(copy.deepcopy(net.state_dict()))
-            loaded = make("AdaBayes", other.parameters())
+            loaded = make(name, other.parameters())
             loaded.load_state_dict(FSDP.optim_state_dict_to_load(other, loaded, saved))
         result["state"] = max(
-            (saved["state"][name][slot] - t).abs().max().item()
-            for name, p in theirs.items()
+            (saved["state"][key][slot] - t).abs().max().item()
+            for key, p in theirs.items()
             for slot, t in single.state[p].items()
+            if t.is_floating_point()
         )
         train(net, optimizer, range(10, 13))
         train(other, loaded, range(10, 13))
@@ -463,9 +464,9 @@ def case_zero():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     found = {}
-    for name in ("AdaBayes", "AdaBayesFP-lean"):
+    for name in ("AdaBayes", "AdaBayesFP-lean", "AdaBayes-8bit"):
         for view in (False, True):
-            kind, options = OPTIMIZERS[name]
+            kind, options = (OPTIMIZERS | CODED)[name]
 
             def zero(params):
                 return ZeroRedundancyOptimizer(params, kind, parameters_as_bucket_view=view, lr=1e-2, **options)  # noqa: B023
