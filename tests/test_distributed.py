@@ -164,10 +164,11 @@ def test_ddp_keeps_replicas_the_same(launched):
 def test_fsdp1(launched):
     for result in launched("fsdp1", 2):
         for name, run in result.items():
-            assert run["single"] < (2e-2 if "bfloat16" in name else ROUNDING)
+            rounding = 2e-2 if "bfloat16" in name else ROUNDING  # of numbers that are by place in the process's flat tensor
+            assert run["single"] < rounding
             assert "clip_grad_norm_" in run["refused"]
             if "continued" in run:
-                assert run["state"] < ROUNDING
+                assert run["state"] < rounding
                 assert run["continued"] == 0
         assert sum("continued" in run for run in result.values()) == 2
 
