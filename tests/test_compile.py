@@ -44,12 +44,14 @@ def assert_same(model, optimizer, other, eager):
             assert torch.equal(optimizer.state[p][name], value), name
 
 
+@pytest.mark.parametrize("stored", [{}, dict(lean=True, state_dtype="8bit")], ids=["float32", "8bit"])
 @pytest.mark.parametrize("schedule", ["scheduler", "by hand", "tensor"])
 @pytest.mark.parametrize("name", FUSED)
-def test_one_graph_for_twenty_steps_of_a_schedule(name, schedule):
+def test_one_graph_for_twenty_steps_of_a_schedule(name, schedule, stored):
     model, other = network(), network()
     lr = torch.tensor(1e-2, dtype=torch.float64) if schedule == "tensor" else 1e-2
-    optimizer, eager = make(name, model, lr, max_grad_norm=0.5), make(name, other, max_grad_norm=0.5)
+    policy = dict(max_grad_norm=0.5, **stored)
+    optimizer, eager = make(name, model, lr, **policy), make(name, other, **policy)
     factors = [(t + 1) / 5 if t < 5 else 1 - t / 25 for t in range(21)]
     graphs = CompileCounterWithBackend("aot_eager")
     if schedule == "scheduler":

@@ -41,10 +41,18 @@ def assert_same(optimizer, expected):
             assert value.dtype == other["state"][key][name].dtype
 
 
+STORED = {
+    "full": {},
+    "lean": dict(lean=True),
+    "bfloat16": dict(state_dtype="bfloat16", weight_rounding="32bit"),
+    "8bit": dict(lean=True, state_dtype="8bit", weight_rounding="stochastic"),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lean", [False, True], ids=["full", "lean"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("case", MAIN)
-def test_same_bits_as_step(case, lean, dtype, target, interpreted):
+def test_same_bits_as_step(case, stored, dtype, target, interpreted):
     """A schedule that begins at 0, two groups, missing gradients, an empty parameter."""
     backend, device = target
     name, options = CASES[case]
@@ -53,7 +61,7 @@ def test_same_bits_as_step(case, lean, dtype, target, interpreted):
     def make():
         params = make_params(dtype, device)
         groups = [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.3, "betas": (0.5, 0.8)}]
-        return params, FUSED[name](groups, lr=LR, lean=lean, backend=backend, **options)
+        return params, FUSED[name](groups, lr=LR, backend=backend, **options, **STORED[stored])
 
     (params, optimizer), (expected_params, expected) = make(), make()
     release_gradients(nn.ParameterList(params), optimizer)
