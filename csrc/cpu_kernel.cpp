@@ -206,6 +206,17 @@ void update_coded(const Bucket& bucket, const Row& row, const double* corrected,
   }
 }
 
+template <class Rule>
+__attribute__((noinline)) void update_any_code(const Bucket& bucket, const Row& row, const double* c, int64_t begin, int64_t end) {
+  switch (bucket.state) {
+    case State::small: return update_coded<Rule, State::small, false>(bucket, row, c, begin, end);
+    case State::bfloat16:
+      return bucket.full ? update_coded<Rule, State::bfloat16, true>(bucket, row, c, begin, end) : update_coded<Rule, State::bfloat16, false>(bucket, row, c, begin, end);
+    case State::wide:
+      return bucket.full ? update_coded<Rule, State::wide, true>(bucket, row, c, begin, end) : update_coded<Rule, State::wide, false>(bucket, row, c, begin, end);
+  }
+}
+
 // Sixteen sums side by side, whatever the registers: every instruction set adds in the same order.
 constexpr int kWide = 4, kSums = 4;
 template <class T> struct Wide { typedef T type __attribute__((vector_size(kWide * sizeof(T)))); };
@@ -244,11 +255,7 @@ void NAMED(update, ISA)(const Bucket& bucket, const Row& row, const double* c, i
   with_rule(bucket.algorithm, [&](auto rule) {
     using Rule = typename decltype(rule)::type;
     const bool f64 = bucket.param == DType::f64;
-    if (bucket.state == State::small) return update_coded<Rule, State::small, false>(bucket, row, c, begin, end);
-    if (bucket.state == State::bfloat16 && bucket.full) return update_coded<Rule, State::bfloat16, true>(bucket, row, c, begin, end);
-    if (bucket.state == State::bfloat16) return update_coded<Rule, State::bfloat16, false>(bucket, row, c, begin, end);
-    if (bucket.weight != Weight::nearest && bucket.full) return update_coded<Rule, State::wide, true>(bucket, row, c, begin, end);
-    if (bucket.weight != Weight::nearest) return update_coded<Rule, State::wide, false>(bucket, row, c, begin, end);
+    if (bucket.state != State::wide || bucket.weight != Weight::nearest) return update_any_code<Rule>(bucket, row, c, begin, end);
     if (bucket.full) f64 ? update_range<Rule, double, true>(bucket, row, c, begin, end) : update_range<Rule, float, true>(bucket, row, c, begin, end);
     else f64 ? update_range<Rule, double, false>(bucket, row, c, begin, end) : update_range<Rule, float, false>(bucket, row, c, begin, end);
   });

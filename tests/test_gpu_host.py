@@ -13,6 +13,7 @@ from runs import FUSED
 from test_gpu import waiting_is_an_error
 
 from adabayes_fused import backends
+from adabayes_fused.codes import STATE_DTYPES, WEIGHT_ROUNDINGS
 
 pytestmark = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU, or 'make test-gpu-host'")
 
@@ -149,6 +150,26 @@ def test_the_kernels_give_the_cpus_weights(name, case, backend):
     assert int(optimizer.skipped_steps) == int(judge.skipped_steps) == ("skip" in case) + ("scaler" in case)
     if "clip" in case:
         torch.testing.assert_close(optimizer.grad_norm.cpu(), judge.grad_norm)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_ROUNDINGS)
+@pytest.mark.parametrize("state", STATE_DTYPES)
+@pytest.mark.parametrize("name", FUSED)
+def test_bfloat16_weights_have_the_cpus_bits_in_every_way_of_storing(name, state, weights, backend):
+    """State and corrections too."""
+    for lean in (True, False) if state != "8bit" else (True,):
+        found = []
+        for device, by in (("cuda", backend), ("cpu", "auto")):
+            generator = torch.Generator().manual_seed(3)
+            params = [torch.nn.Parameter(torch.randn(n, generator=generator).bfloat16().to(device)) for n in (20_000, 7)]
+            options = dict(OPTIONS[name], lean=lean, state_dtype=state, weight_rounding=weights, seed=5)
+            optimizer = FUSED[name](params, lr=1e-2, backend=by, **options)
+            for _ in range(2):
+                for p in params:
+                    p.grad = (torch.randn(p.shape, generator=generator) * 0.1).bfloat16().to(device)
+                optimizer.step()
+            found.append([t.cpu() for p in params for t in (p.detach(), *optimizer.state[p].values())])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("case", ["plain", "clip", "lr tensor", "bfloat16", "8bit"])

@@ -49,11 +49,12 @@ def new_batch(algorithm: Algorithm, storage: Storage, device_types: set[str], dt
 
 def bucket(launch: Launch, rows: int, numbers: int) -> tuple[int, ...]:
     """The module's description of a launch whose rows and numbers lie at these addresses."""
+    layout = launch.layout
     return (
         launch.algorithm.number,
         not launch.storage.lean,
-        launch.layout.state,
-        launch.layout.weight,
+        layout.state,
+        layout.weight,
         DTYPES.index(launch.param_dtype),
         DTYPES.index(launch.grad_dtype),
         rows,
