@@ -181,14 +181,13 @@ def _update_chunk(
 @triton.jit
 def _places(row, begin, i, CODE: tl.constexpr, WEIGHT: tl.constexpr):
     """Where elements lie in the whole tensor, modulo 2**32, but for where it begins."""
+    places = begin.to(tl.uint32) + i.to(tl.uint32)
     if CODE > 0 or WEIGHT > 0:
         run = tl.load(row + 12)
-        e = begin + i
         if run < tl.load(row + 6):
-            e = e // run * tl.load(row + 13) + e % run
-        return e.to(tl.uint32)
-    else:
-        return i.to(tl.uint32)
+            e = begin + i
+            places = (e // run * tl.load(row + 13) + e % run).to(tl.uint32)
+    return places
 
 
 @triton.jit
