@@ -127,9 +127,10 @@ def _compared(follower: Follower, optimizer: Any, truth: Any, kappa: float) -> l
     return rows
 
 
-def stationary(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table]:
+def stationary(options: argparse.Namespace) -> Table:
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = [row for found in pool.map(follow, reversed(KAPPAS)) for row in found]
+    write(options, [machine.about("cpu", "bench.precision")], rows)
     table = Table(
         *("state", "gradients", "kappa", "ln(second / float64's): mean", "spread", "exp_avg, of its rms: mean", "spread"),
         title="After 5 / kappa steps; the second is prior_var of AdaBayes, exp_avg_sq of AdaBayesFP",
@@ -137,7 +138,7 @@ def stationary(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table
     for row in sorted(rows, key=lambda row: (row["who"], row["kappa"])):
         figures = (row[name] for name in ("second_bias", "second_spread", "exp_avg_bias", "exp_avg_spread"))
         table.add_row(row["who"], row["kind"], f"{row['kappa']:g}", *(f"{figure:+.4f}" for figure in figures))
-    return rows, table
+    return table
 
 
 # --- Trainings ------------------------------------------------------------------------------------------------------------
@@ -279,9 +280,11 @@ def train(task: str, where: Path, algorithm: str, arm: str, seed: int, steps: in
     )
 
 
-def train_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table]:
+def train_all(options: argparse.Namespace) -> Table:
     where = {"text": options.text, "fashion": options.fashion}
-    rows = results(options).get("rows", [])
+    before = results(options)
+    rows = before.get("rows", [])
+    about = [*before.get("about", []), machine.about("cpu", "bench.precision")]
     made = {tuple(row[name] for name in ("task", "algorithm", "arm", "seed", "steps")) for row in rows}
     jobs = [
         (task, where[task], algorithm, arm, seed, options.steps or TASKS[task][1])
@@ -292,9 +295,10 @@ def train_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table]
         for arm in arms
         if arm in options.arms and (task, algorithm, arm, seed, options.steps or TASKS[task][1]) not in made
     ]
-    if jobs:
-        with ProcessPoolExecutor(options.jobs) as pool:
-            rows += pool.map(train, *zip(*jobs, strict=True))
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for row in pool.map(train, *zip(*jobs, strict=True)) if jobs else ():
+            rows.append(row)
+            write(options, about, rows)
     table = Table(
         *("", "optimizer", "state and weights", "seeds", "test loss", "beyond float32's", "standard error"),
         title="Final test losses, means over seeds; differences of the same seed",
@@ -305,7 +309,7 @@ def train_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Table]
                 if found := _losses(rows, task, algorithm, arm):
                     judge = _losses(rows, task, algorithm, "float32")
                     table.add_row(TASKS[task][0], algorithm, arm, *_beside(found, judge))
-    return rows, table
+    return table
 
 
 def _losses(rows: list[dict[str, Any]], *which: str) -> dict[int, float]:
@@ -323,6 +327,11 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
     file = options.output / "results.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found
+
+
+def write(options: argparse.Namespace, about: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -346,10 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = 150
     folder = options.output = options.output or Path("runs") / f"precision-{options.command}"
-    rows, table = (stationary if options.command == "stationary" else train_all)(options)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = [*results(options).get("about", []), machine.about("cpu", "bench.precision")]
-    (folder / "results.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
+    table = (stationary if options.command == "stationary" else train_all)(options)
     with (folder / "table.txt").open("w") as file:
         Console(file=file, width=150).print(table)
     console.print(table)

@@ -282,3 +282,22 @@ def test_a_loop_clips_and_scales(words):
         assert all((p != old).all() for p, old in zip(params, before, strict=True)), name
         kept = optimizer.state[params[0]]["exp_avg"]
         assert (kept.abs() < 1.0).all() == loop.clipped, name
+
+
+# --- What few bits cost ---------------------------------------------------------------------------------------------------
+
+
+def test_trainings_are_made_once_and_more_are_added(tmp_path, capsys):
+    from bench import precision
+
+    arguments = ["train", str(Path(__file__).parents[1] / "README.md"), "--steps", "20", "--jobs", "1", "--tasks", "text"]
+    arguments += ["--arms", "float32", "8bit", "--output", str(tmp_path)]
+    found = []
+    for seeds in (["0"], ["0", "1"]):
+        assert precision.main([*arguments, "--seeds", *seeds]) == 0
+        found.append(json.loads((tmp_path / "results.json").read_text())["rows"])
+    assert len(found[0]) == 4
+    assert found[1][:4] == found[0]
+    assert [row["seed"] for row in found[1]] == [0] * 4 + [1] * 4
+    assert len({row["test_loss"] for row in found[1]}) == 8
+    assert "8bit" in (tmp_path / "table.txt").read_text()
