@@ -153,10 +153,10 @@ def test_grad_scaler_skips_and_unscales_in_all_processes(launched):
 
 def test_ddp_keeps_replicas_the_same(launched):
     for result in launched("ddp", 2):
-        assert len(result) == 4
+        assert len(result) == 6
         for name, run in result.items():
             assert run["replicas"]
-            assert run["single"] < ROUNDING
+            assert run["single"] < (2e-2 if "8bit" in name else ROUNDING)
             if name.endswith("views True"):
                 assert sum(offset % 8 == 4 for offset in run["offsets"]) >= len(run["offsets"]) / 2  # odd, in float32s
 

@@ -270,11 +270,11 @@ def test_prepare_leaves_a_new_optimizer_new(name, accelerator):
     assert not optimizer.state
 
 
-def accelerated(name, make, accumulate=1, seed=0, start=0, stop=STEPS, folder=None):
+def accelerated(name, make, accumulate=1, seed=0, start=0, stop=STEPS, folder=None, **policy):
     """Trains on batches ``start`` to ``stop``; loads from ``folder`` first unless it starts at 0, else saves there at SAVED."""
     tool = make(gradient_accumulation_steps=accumulate)
     model = network(seed)
-    optimizer = FUSED[name](model.parameters(), **OPTIONS[name])
+    optimizer = FUSED[name](model.parameters(), **OPTIONS[name], **policy)
     model, optimizer, scheduler = tool.prepare(model, optimizer, from_zero(optimizer))
     if start:
         tool.load_state(folder)
@@ -297,6 +297,17 @@ def test_accelerate_goes_on_from_its_checkpoint_bit_for_bit(name, accelerator, t
     assert_same(model, optimizer, *plain(name)[:2])
     resumed, other = accelerated(name, accelerator, seed=1, start=SAVED, folder=folder)
     assert_same(resumed, other, model, optimizer)
+
+
+@accelerate_
+@pytest.mark.parametrize("name", FUSED)
+def test_accelerate_keeps_8_bits(name, accelerator, tmp_path):
+    """Preparing and loading cast no state."""
+    folder, policy = str(tmp_path / "saved"), dict(lean=True, state_dtype="8bit")
+    model, optimizer = accelerated(name, accelerator, folder=folder, **policy)
+    resumed, other = accelerated(name, accelerator, seed=1, start=SAVED, folder=folder, **policy)
+    assert_same(resumed, other, model, optimizer)
+    assert {entry["exp_avg"].dtype for entry in other.state.values()} == {torch.uint8}
 
 
 @accelerate_

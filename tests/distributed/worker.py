@@ -384,13 +384,13 @@ def case_scaler():
 def case_ddp():
     """Gradients that are views at odd places of a bucket; replicas stay the same bit for bit."""
     found = {}
-    for clip in (False, True):
+    for name, clip in (("AdaBayes", False), ("AdaBayes", True), ("AdaBayes-8bit", False)):
         for views in (False, True):
             policy = CLIP if clip else {}
             net = nn.parallel.DistributedDataParallel(Net(), gradient_as_bucket_view=views, bucket_cap_mb=1)
-            optimizer = make("AdaBayes", net.parameters(), **policy)
+            optimizer = make(name, net.parameters(), **policy)
             single_net = Net()
-            single = make("AdaBayes", single_net.parameters(), **policy)
+            single = make(name, single_net.parameters(), **policy)
             for t in range(20):
                 optimizer.zero_grad(set_to_none=not views)
                 net(batch(t)).square().mean().backward()
@@ -399,7 +399,7 @@ def case_ddp():
                 optimizer.step()
                 single.step()
             params = list(net.parameters())
-            found[f"clipped {clip}, views {views}"] = {
+            found[f"{name}, clipped {clip}, views {views}"] = {
                 "single": difference(params, single_net.parameters()),
                 "replicas": all(same_everywhere(t) for p in params for t in (p, *optimizer.state[p].values())),
                 "offsets": sorted({p.grad.data_ptr() % 16 for p in params}),
