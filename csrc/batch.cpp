@@ -14,15 +14,16 @@ constexpr size_t kAhead = 4;  // parameters
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
-  if (t.type_code == dlpack::kBfloat && t.type_bits == 16) return DType::bf16;
-  if (t.type_code == dlpack::kUInt && t.type_bits == 8) return DType::u8;
-  if (t.type_code == dlpack::kInt && t.type_bits == 8) return DType::i8;
-  if (t.type_code == dlpack::kInt && t.type_bits == 16) return DType::i16;
-  if (t.type_code == dlpack::kInt && t.type_bits == 64) return DType::i64;
-  if (t.type_code != dlpack::kFloat) return std::nullopt;
-  if (t.type_bits == 32) return DType::f32;
-  if (t.type_bits == 64) return DType::f64;
-  if (t.type_bits == 16) return DType::f16;
+  switch (t.type_code << 8 | t.type_bits) {
+    case dlpack::kFloat << 8 | 32: return DType::f32;
+    case dlpack::kFloat << 8 | 64: return DType::f64;
+    case dlpack::kFloat << 8 | 16: return DType::f16;
+    case dlpack::kBfloat << 8 | 16: return DType::bf16;
+    case dlpack::kUInt << 8 | 8: return DType::u8;
+    case dlpack::kInt << 8 | 8: return DType::i8;
+    case dlpack::kInt << 8 | 16: return DType::i16;
+    case dlpack::kInt << 8 | 64: return DType::i64;
+  }
   return std::nullopt;
 }
 
