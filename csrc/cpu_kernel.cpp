@@ -12,6 +12,8 @@
 namespace {
 
 constexpr int kBlock = 512;          // values of a block stay in the first-level cache
+constexpr int kCoded = 128;          // and of codes
+constexpr int kAhead = 6 * kCoded;   // elements: a processor prefetches no stream that is read in so short blocks
 constexpr int64_t kStreamed = 65536; // elements of a range from which on memory that is only written is not read first
 
 template <class T> constexpr DType dtype_of = std::is_same_v<T, float> ? DType::f32 : DType::f64;
@@ -118,15 +120,27 @@ void write_weights(Weight weight, const Row& row, int64_t begin, int n, const fl
   }
 }
 
+// Asks for the memory of a block that is swept soon.
+void fetch_block(int64_t address, int64_t size, int64_t begin) {
+  const char* from = reinterpret_cast<const char*>(address) + (begin + kAhead) * size;
+  for (int64_t line = 0; line < kCoded * size; line += 64) __builtin_prefetch(from + line, 1);
+}
+
 template <class Rule, State state, bool full>
 struct Stored {
   static constexpr int slots = full ? Rule::slots : Rule::lean;
+
+  // Asks for the memory of slots that are read soon.
+  static void fetch(const Row& row, int64_t begin) {
+    constexpr int64_t size = state == State::wide ? 4 : state == State::bfloat16 ? 2 : 1;
+    for (int s = 0; s < slots; ++s) fetch_block(row.slot[s], state == State::small && s ? sizeof(typename Second<Rule>::type) : size, begin);
+  }
 
   template <class S>
   static S* at(const Row& row, int slot, int64_t begin) { return reinterpret_cast<S*>(row.slot[slot]) + begin; }
 
   // Slots as floats: in `blocks`, unless the memory holds floats itself.
-  static void read(const Row& row, int64_t begin, int n, int unit, float (*blocks)[kBlock], float** slot) {
+  static void read(const Row& row, int64_t begin, int n, int unit, float (*blocks)[kCoded], float** slot) {
     for (int s = 0; s < slots; ++s) slot[s] = state == State::wide ? at<float>(row, s, begin) : blocks[s];
     if constexpr (state == State::bfloat16)
       for (int s = 0; s < slots && s < Rule::reads; ++s) widen_all(at<bfloat16_t>(row, s, begin), n, blocks[s]);
@@ -141,7 +155,7 @@ struct Stored {
     }
   }
 
-  static void write(const Row& row, int64_t begin, int n, int unit, float (*blocks)[kBlock], uint32_t at_first) {
+  static void write(const Row& row, int64_t begin, int n, int unit, float (*blocks)[kCoded], uint32_t at_first) {
     if constexpr (state == State::bfloat16) {
       auto *__restrict first = at<bfloat16_t>(row, 0, begin), *__restrict second = at<bfloat16_t>(row, 1, begin);
       const float *__restrict values0 = blocks[0], *__restrict values1 = blocks[1];
@@ -187,12 +201,14 @@ void update_coded(const Bucket& bucket, const Row& row, const double* corrected,
   const int64_t seed = row.seed ? *reinterpret_cast<const int64_t*>(row.seed) : 0;
   const uint32_t from = key(seed, *reinterpret_cast<const float*>(row.step)) + uint32_t(row.first);
   const int unit = int(seed >> 32);
-  alignas(64) float grad_block[kBlock], param_block[kBlock], blocks[kMaxSlots][kBlock];
+  alignas(64) float grad_block[kCoded], param_block[kCoded], blocks[kMaxSlots][kCoded];
   float* slot[kMaxSlots] = {};
   for (int64_t i = begin; i < end;) {
     const int64_t in_run = i % row.run;  // places follow each other up to the end of a run
-    const int n = int(std::min<int64_t>({kBlock, end - i, row.run - in_run}));
+    const int n = int(std::min<int64_t>({kCoded, end - i, row.run - in_run}));
     const uint32_t at = from + uint32_t(i / row.run * row.stride + in_run);
+    fetch_block(row.grad, size_of(bucket.grad), i), fetch_block(row.param, size_of(bucket.param), i), Slots::fetch(row, i);
+    if (row.correction) fetch_block(row.correction, bucket.weight == Weight::plus8 ? 1 : 2, i);
     const float* grad = read(bucket.grad, row.grad, i, n, grad_block);
     float* param = param_block;
     if (bucket.param == DType::bf16) read_weights(bucket.weight, row, i, n, param);
