@@ -6,14 +6,17 @@ torch: after the user's hooks that come before, restored before those that come 
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import codes
-from .algorithms import ADABAYES, ALGORITHMS, complete_group, make_python_numbers, present
+from .algorithms import ADABAYES, ALGORITHMS, Algorithm, complete_group, make_python_numbers, present
+from .codes import Layout
 from .prepare import initial, new_seed, new_slot, new_step, number, own_copy, step_device
 from .scalars import SCALARS
 from .sharding import is_sharded, local, placed_like
@@ -125,7 +128,9 @@ def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list
             loaded = optimizer.state[p]
             saved = {name: value.tensor for name, value in loaded.items() if isinstance(value, _Hidden)}
             absent.update(set(optimizer.algorithm.stored(optimizer.lean)) - saved.keys())
-            entry = _own_entry(optimizer, p, saved, given.seed_of(g, i), converted, slabs)
+            layout = given.storage.layout(optimizer.algorithm, p.dtype)
+            fresh_seed = functools.partial(given.seed_of, g, i)
+            entry = _own_entry(optimizer.algorithm, layout, p, saved, fresh_seed, converted, slabs)
             if group["capturable"]:
                 present = state_before.get(p, {})
                 entry = {name: _stays(present.get(name), fresh, writes) for name, fresh in entry.items()}
@@ -145,16 +150,22 @@ def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list
 
 
 def _own_entry(
-    optimizer: Any, p: Tensor, saved: dict[str, Any], seed: int, converted: set[tuple[torch.dtype, torch.dtype]], slabs: Slabs
+    algorithm: Algorithm,
+    layout: Layout,
+    p: Tensor,
+    saved: dict[str, Any],
+    fresh_seed: Callable[[], int],
+    converted: set[tuple[torch.dtype, torch.dtype]],
+    slabs: Slabs,
 ) -> dict[str, Tensor]:
     """The state of ``p`` as it is kept here, in memory of its own; a slot that was not saved is at its initial value. Into
     ``converted`` goes which dtype was turned into which code, or which code into which dtype."""
-    algorithm, device = optimizer.algorithm, step_device(p)
-    layout = optimizer._given().storage.layout(algorithm, p.dtype)
+    device = step_device(p)
     entry = {"step": new_step(saved["step"], device, slabs)}
-    # State that was made for its own sake, by torch.distributed.checkpoint, was made before the groups were loaded.
-    begun = "seed" in saved and saved["step"] != 0
-    word = number(saved["seed"] if begun else seed, torch.int64, device)
+    word = number(saved["seed"], torch.int64, device) if "seed" in saved else None
+    # torch.distributed.checkpoint has state made at step 0, before it loads the groups that a seed is made of.
+    if layout.random and (word is None or saved["step"] == 0):
+        word = number(fresh_seed(), torch.int64, device)
     parts = {name: local(placed_like(p, saved[name].detach())) for name in layout.names if name in saved}
     stored = codes.stored_as(layout, parts, word)
     for name, value in initial(algorithm, layout).items():
@@ -165,7 +176,7 @@ def _own_entry(
                 converted.add((parts[name].dtype, dtype))
         else:
             entry[name] = new_slot(p, value, dtype, slabs)
-    if layout.random:
+    if word is not None and layout.random:
         entry["seed"] = new_seed(word, device, slabs)
     return entry
 

@@ -98,8 +98,9 @@ class _FusedOptimizer(Optimizer):
         weight_rounding: str
         seed: int
     else:
-        backend, lean, fused_unscale, max_grad_norm, skip_nonfinite = (_AlsoInDefaults() for _ in range(5))
-        state_dtype, weight_rounding, seed = (_AlsoInDefaults() for _ in range(3))
+        backend, lean, fused_unscale, max_grad_norm, skip_nonfinite, state_dtype, weight_rounding, seed = (
+            _AlsoInDefaults() for _ in _RUN_POLICY
+        )
 
     def __init__(self, params: ParamsT, options: dict[str, Any], policy: dict[str, Any]) -> None:
         backends.check_name(policy["backend"])

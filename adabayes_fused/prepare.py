@@ -227,9 +227,10 @@ def ready(item: Item, algorithm: Algorithm, storage: Storage) -> list[Tensor] | 
         return None
     if grad.dtype not in DTYPES or [t.dtype for t in tensors[2:]] != list(map(layout.dtype_of, layout.names)):
         return None
-    if any(number(t, t.dtype, device) is not t for t in numbers) or not all(map(has_plain_keys, [*tensors, *numbers])):
+    wanted = zip(numbers, (torch.float32, torch.int64), strict=False)  # step, seed
+    if any(number(t, dtype, device) is not t for t, dtype in wanted) or not all(map(has_plain_keys, [*tensors, *numbers])):
         return None
-    return tensors if [t.dtype for t in numbers] == [torch.float32, torch.int64][: len(numbers)] else None
+    return tensors
 
 
 def prepare(item: Item, algorithm: Algorithm, layout: Layout, seed: int, backend: str, slabs: Slabs) -> Prepared:

@@ -207,8 +207,10 @@ void update_coded(const Bucket& bucket, const Row& row, const double* corrected,
     const int64_t in_run = i % row.run;  // places follow each other up to the end of a run
     const int n = int(std::min<int64_t>({kCoded, end - i, row.run - in_run}));
     const uint32_t at = from + uint32_t(i / row.run * row.stride + in_run);
-    fetch_block(row.grad, size_of(bucket.grad), i), fetch_block(row.param, size_of(bucket.param), i), Slots::fetch(row, i);
-    if (row.correction) fetch_block(row.correction, bucket.weight == Weight::plus8 ? 1 : 2, i);
+    if (i + kAhead < end) {
+      fetch_block(row.grad, size_of(bucket.grad), i), fetch_block(row.param, size_of(bucket.param), i), Slots::fetch(row, i);
+      if (row.correction) fetch_block(row.correction, bucket.weight == Weight::plus8 ? 1 : 2, i);
+    }
     const float* grad = read(bucket.grad, row.grad, i, n, grad_block);
     float* param = param_block;
     if (bucket.param == DType::bf16) read_weights(bucket.weight, row, i, n, param);

@@ -50,7 +50,8 @@ def in_turn(updates: list[Callable[[], None]], copies: Copies) -> Callable[[], N
 @dataclass
 class Launch:
     """Parameters of one device and one pair of dtypes. Either ``address`` and ``count`` say where the rows of the table lie, or
-    ``tensors`` holds each parameter's (param, grad, *slots), ``steps`` its step count and ``group_of`` its parameter group."""
+    ``tensors`` holds each parameter's (param, grad, *slots, correction), ``numbers_of`` its step count and seed, and ``group_of``
+    its parameter group."""
 
     algorithm: Algorithm
     storage: Storage
