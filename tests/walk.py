@@ -201,7 +201,7 @@ class Walk:
             self.dtypes = [F32, F32, BF16]
         shapes = {
             "few": [draw.choice(SHAPES) for _ in range(draw.choice((1, 2, 2, 3, 4)))],
-            "slabs": [draw.choice(((1000,), (1000,), (500,), (20, 50)))] * draw.randint(14, 24),  # a slab for a slot or two
+            "slabs": [draw.choice(((4000,), (4000,), (2000,), (40, 100)))] * draw.randint(14, 24),  # a slab for a slot or two
             "thousands": [draw.choice(((16,), (3,), ()))] * draw.randint(1100, 1700),
         }[self.many]
         for shape in shapes:
