@@ -319,9 +319,10 @@ class Run(Walk):
             values = numbers(p.shape, p.dtype, p.values)
             for side in self.sides:
                 with torch.inference_mode(p.layout == "inference"):
-                    tensor, base, whole = laid_out(values, p.layout, p.offset)
+                    tensor, *memory = laid_out(values, p.layout, p.offset)
+                    base, whole = (t.detach() for t in memory)  # somebody may change a parameter's ``data``
                     side.params.append(KINDS[p.kind](tensor))
-                side.guards.append((whole, whole.clone(), None if p.shares else base.detach(), "weights"))
+                side.guards.append((whole, whole.clone(), None if p.shares else base, "weights"))
         self.weights = [torch.nn.Parameter(as_real(p).double()) for p in self.referee.params]
         self.scales = [torch.zeros_like(w) for w in self.weights]  # of what has been added up, for compare_with_judge
         self.largest = [torch.zeros_like(w) for w in self.weights]  # of the gradients so far
@@ -490,8 +491,10 @@ class Run(Walk):
 
 def check(case):
     """Makes the steps of a case; raises what is found."""
-    torch.set_num_threads(1)
-    with mock.patch.object(torch.Tensor, "sqrt_", root), mock.patch.object(triton, "CHUNK", 1024), warnings.catch_warnings():
+    patches = mock.patch.object(torch.Tensor, "sqrt_", root), mock.patch.object(triton, "CHUNK", 1024), warnings.catch_warnings()
+    with contextlib.ExitStack() as stack:
+        for patch in (*patches, set_for_now(torch.get_num_threads, torch.set_num_threads, 1)):
+            stack.enter_context(patch)
         warnings.simplefilter("ignore")
         Run(case).check()
 
