@@ -18,12 +18,13 @@ BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
 lm_extras := example
 paper_extras := paper
-test_extras := demo,bench,paper,test,frameworks
+test_extras := demo,bench,paper,test,frameworks,docs
 bench_extras := bench
 lint_extras := dev
+docs_extras := docs
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper lint clean
+.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper docs lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -95,6 +96,9 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
+
+docs: $(VENV)/docs.stamp  ## The documentation as a site, in build/site
+	$(VENV)/bin/mkdocs build
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
 	$(RUN) -m ruff check .
