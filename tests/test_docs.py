@@ -58,7 +58,7 @@ def run(page, code, folder, monkeypatch):
     return variables
 
 
-@pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md") if page.name not in NEEDS))
+@pytest.mark.parametrize("page", ["../README.md", *sorted(page.name for page in DOCS.glob("*.md") if page.name not in NEEDS)])
 def test_the_code_runs(page, tmp_path, monkeypatch):
     """A page's blocks one after the other; one that begins by saying that it needs a GPU is only compiled without one."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
