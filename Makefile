@@ -22,9 +22,11 @@ test_extras := demo,bench,paper,test,frameworks,docs
 bench_extras := bench
 lint_extras := dev
 docs_extras := docs
+wheel_extras := wheel
+matrix_extras := matrix
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper docs lint clean
+.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper docs hub wheel matrix lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -97,15 +99,34 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
 
+matrix: $(VENV)/matrix.stamp  ## Tests beside torch 2.11 to 2.15 and under Python 3.10 to 3.14, as far as they can be had; tens of GB
+	rm -rf build/matrix
+	mkdir -p build/matrix
+	$(VENV)/bin/nox --report build/matrix/report.json $(ARGS)
+
+# torch brings an OpenMP runtime, libgomp.so.1, and is imported first: a second one beside it would have two sets of threads that
+# wait for each other.
+wheel: $(VENV)/wheel.stamp  ## A manylinux wheel of $(PYTHON) in dist/, with the CUDA kernels where nvcc is
+	rm -rf build/wheel
+	ADABAYES_FUSED_NATIVE=1 $(RUN) -m build --wheel --outdir build/wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+
+hub:  ## The Triton kernels as a repository for Hugging Face's kernels, in build/hub
+	rm -rf build/hub
+	mkdir -p build/hub/build/torch-universal
+	cp hub/README.md build/hub
+	cp hub/metadata.json triton_kernels/*.py build/hub/build/torch-universal
+
 docs: $(VENV)/docs.stamp  ## The documentation as a site, in build/site
 	$(VENV)/bin/mkdocs build
 
-lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
+lint: $(VENV)/lint.stamp  ## ruff, mypy where pyproject.toml configures it, zizmor over the workflows
 	$(RUN) -m ruff check .
 	if grep -q '^\[tool.mypy' pyproject.toml; then $(RUN) -m mypy; fi
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 clean:  ## Remove what was made here
-	rm -rf .venv .venv-gpu-host build tests/fakecuda/build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-gpu-host build dist tests/fakecuda/build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Without pip of its own, the environment uses $(PYTHON)'s: an old setuptools, which venv may bring, would hide $(PYTHON)'s.
