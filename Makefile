@@ -18,12 +18,12 @@ BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
 lm_extras := example
 paper_extras := paper
-test_extras := demo,bench,paper,test,frameworks
+test_extras := demo,bench,paper,test,frameworks,docs
 bench_extras := bench
 lint_extras := dev
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test test-gpu-host run-gpu-host sanitize bench paper lint clean
+.PHONY: help demo lm test test-gpu-host run-gpu-host sanitize bench paper docs lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -91,6 +91,15 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
+
+# It reads the sources and needs no torch.
+docs: build/docs-venv/stamp  ## The documentation as a site, in build/site
+	build/docs-venv/bin/python -m mkdocs build --strict
+
+build/docs-venv/stamp: pyproject.toml
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install $(PIP_FLAGS) $$(sed -nE 's/^docs = \[(.*)\]/\1/p' pyproject.toml | tr -d ',')
+	touch $@
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
 	$(RUN) -m ruff check .
