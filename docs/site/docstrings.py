@@ -8,14 +8,20 @@ import griffe
 
 ROLE = re.compile(r":(?:class|meth|func|attr):`~?([^`<]*?)([^`.<]+)`")
 FORMULA = re.compile(r"^( *)\.\. math::\n((?:(?:\1 +.*)?\n)+)", re.MULTILINE)
+SHARED = re.compile(r"^( +)((?:\w+,\s+)+\w+): (.*)$", re.MULTILINE)  # arguments described together
+
+
+def _each(match: re.Match[str]) -> str:
+    return "\n".join(f"{match[1]}{name}: {match[3]}" for name in re.split(r",\s+", match[2]))
 
 
 def _formula(match: re.Match[str]) -> str:
-    return f"$$\n\\begin{{aligned}}\n{inspect.cleandoc(match[2])}\n\\end{{aligned}}\n$$\n\n"
+    return f"$$\n\\begin{{align*}}\n{inspect.cleandoc(match[2])}\n\\end{{align*}}\n$$\n\n"
 
 
 def as_markdown(docstring: str) -> str:
     docstring = FORMULA.sub(_formula, docstring + "\n")
+    docstring = SHARED.sub(_each, docstring)
     docstring = re.sub(r":math:`([^`]+)`", r"$\1$", docstring)
     docstring = ROLE.sub(r"`\2`", docstring)
     docstring = re.sub(r"^(Raises|Returns|Source): (?=\S)", r"**\1:** ", docstring, flags=re.MULTILINE)  # one line, no section

@@ -36,7 +36,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2])[2:-2].strip(), display=display)
+        return convert(html.unescape(match[2])[2:-2].strip(), display=display).replace(r"\_", "_")
 
     return re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)
 
