@@ -38,7 +38,13 @@ def on_page_content(content: str, **_: Any) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2])[2:-2].strip(), display=display).replace(r"\_", "_")
 
-    return re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)
+    content = re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)
+    return re.sub(r"<td.*?</td>", _breakable, content, flags=re.DOTALL)
+
+
+def _breakable(cell: re.Match[str]) -> str:
+    """On a phone, code in a table may break after these."""
+    return re.sub(r"<code>([^<]*)</code>", lambda code: f"<code>{re.sub(r'([_/(.])', r'\1<wbr>', code[1])}</code>", cell[0])
 
 
 def benchmarks(results: Path) -> str:
@@ -72,11 +78,14 @@ def _table(rows: list[str], columns: list[str], cells: dict[tuple[str, str], str
         yield " | ".join([f"| {row}", *(cells.get((row, column), "") for column in columns)]) + " |"
 
 
+def _ratio(x: float) -> str:
+    return f"{x:.3f}" if x < 0.1 else f"{x:.2f}"
+
+
 def step_table(measured: list[dict[str, Any]]) -> Iterator[str]:
     """Each contender's time over that of AdamW fused in the same case."""
     measured = [row for row in measured if row.get("relative") is not None and row["family"] != "floor"]
-    cells = {(row["contender"], row["title"]): f"{row['relative']:.2g}" if row["relative"] < 0.1 else f"{row['relative']:.2f}"
-             for row in measured}
+    cells = {(row["contender"], row["title"]): _ratio(row["relative"]) for row in measured}
     yield "Time of a step, over that of torch's `AdamW(fused=True)` in the same run:\n"
     yield from _table(list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells)
 
