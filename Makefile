@@ -92,13 +92,14 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
 
-# It reads the sources and needs no torch.
-docs: build/docs-venv/stamp  ## The documentation as a site, in build/site
-	build/docs-venv/bin/python -m mkdocs build --strict
+# It reads the sources, and needs no torch.
+DOCS := build/docs-venv
+docs: $(DOCS)/stamp  ## The documentation as a site in build/site, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
-build/docs-venv/stamp: pyproject.toml
-	$(PYTHON) -m venv build/docs-venv
-	build/docs-venv/bin/python -m pip install $(PIP_FLAGS) $$(sed -nE 's/^docs = \[(.*)\]/\1/p' pyproject.toml | tr -d ',')
+$(DOCS)/stamp: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	sed -nE 's/^docs = \[(.*)\]$$/\1/p' pyproject.toml | tr -d , | xargs $(DOCS)/bin/python -m pip install $(PIP_FLAGS)
 	touch $@
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it

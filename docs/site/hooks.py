@@ -44,7 +44,11 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _breakable(cell: re.Match[str]) -> str:
     """On a phone, code in a table may break after these."""
-    return re.sub(r"<code>([^<]*)</code>", lambda code: f"<code>{re.sub(r'([_/(.])', r'\1<wbr>', code[1])}</code>", cell[0])
+
+    def code(match: re.Match[str]) -> str:
+        return re.sub(r"([_/(.])", r"\1<wbr>", match[0])
+
+    return re.sub(r"(?<=<code>)[^<]*(?=</code>)", code, cell[0])
 
 
 def benchmarks(results: Path) -> str:
