@@ -21,7 +21,6 @@ paper_extras := paper
 test_extras := demo,bench,paper,test,frameworks,docs
 bench_extras := bench
 lint_extras := dev
-docs_extras := docs
 wheel_extras := wheel
 matrix_extras := matrix
 
@@ -117,8 +116,15 @@ hub:  ## The Triton kernels as a repository for Hugging Face's kernels, in build
 	cp hub/README.md build/hub
 	cp hub/metadata.json triton_kernels/*.py build/hub/build/torch-universal
 
-docs: $(VENV)/docs.stamp  ## The documentation as a site, in build/site
-	$(VENV)/bin/mkdocs build
+# It reads the sources, and needs no torch.
+DOCS := build/docs-venv
+docs: $(DOCS)/stamp  ## The documentation as a site in build/site, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/stamp: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	sed -nE 's/^docs = \[(.*)\]$$/\1/p' pyproject.toml | tr -d , | xargs $(DOCS)/bin/python -m pip install $(PIP_FLAGS)
+	touch $@
 
 lint: $(VENV)/lint.stamp  ## ruff, mypy where pyproject.toml configures it, zizmor over the workflows
 	$(RUN) -m ruff check .

@@ -1,6 +1,4 @@
-"""The documentation's two pictures: ``python -m bench.overview``. Time and memory of a step beside AdamW's, from committed
-results; and how far a step goes between SGD's limit and AdamW's, from Eq. 20.
-"""
+"""The README's picture from committed results, time and memory of a step beside AdamW's: ``python -m bench.overview``."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from .contenders import ANCHOR
@@ -92,37 +89,14 @@ def picture(results: Path = H200) -> Figure:
     return figure
 
 
-def limits(lr: float = 1e-3) -> Figure:
-    """Of a steady gradient: where the average is the gradient itself and v its square."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    gradient = np.logspace(-7, 0, 400)
-    for sgd_lr, shade in ((0.1, 0.45), (1.0, 0.7), (10.0, 1.0)):
-        a = lr / (2 * sgd_lr)
-        axes.plot(gradient, lr * gradient / (a + np.hypot(a, gradient)), color=COLOURS["ours"], alpha=shade, linewidth=2)
-        axes.plot(gradient, sgd_lr * gradient, color=COLOURS["slow path"], linewidth=1, linestyle=":", zorder=0)
-        at = lr / sgd_lr / 30
-        axes.annotate(f"sgd_lr={sgd_lr:g}", (at, sgd_lr * at), xytext=(7, -9), textcoords="offset points", fontsize=9)
-    axes.axhline(lr, color=COLOURS["torch"], linewidth=1, linestyle="--", zorder=0)
-    axes.annotate("AdamW: lr", (1e-7, lr), xytext=(2, 4), textcoords="offset points", fontsize=9, color="#555555")
-    note = dict(xycoords="axes fraction", ha="right", fontsize=9, color="#9a6a00")
-    axes.annotate("dotted: SGD, sgd_lr x gradient", (0.98, 0.05), **note)
-    axes.set(xscale="log", yscale="log", ylim=(1e-8, 3 * lr), xlabel="a steady gradient", ylabel="length of a step")
-    axes.set_title(f"Large gradients: AdamW's step. Tiny ones: SGD's. (lr={lr:g})", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E5E5E5")
-    return figure
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.overview", description=__doc__)
-    default = Path(__file__).parents[1] / "docs" / "images"
-    parser.add_argument("--output", type=Path, default=default, metavar="FOLDER", help="docs/images, if not given")
+    default = Path(__file__).parents[1] / "docs" / "images" / "overview.png"
+    parser.add_argument("--output", type=Path, default=default, metavar="FILE", help="docs/images/overview.png, if not given")
     output = parser.parse_args().output
-    output.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("overview", picture()), ("limits", limits())):
-        figure.savefig(output / f"{name}.png", dpi=130)
-        print(output / f"{name}.png")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture().savefig(output, dpi=130)
+    print(output)
 
 
 if __name__ == "__main__":
