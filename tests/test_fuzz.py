@@ -22,9 +22,9 @@ def python(code, *arguments):
 
 @pytest.mark.skipif(NO_CPP is not None, reason="the compiled module is not there")
 def test_whatever_a_step_is_given():
-    done = python("import sys, fuzz; sys.exit(fuzz.main())", "--cases", "500", "--seed", "1")
+    done = python("import sys, fuzz; sys.exit(fuzz.main())", "--cases", "300", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "500 cases" in done.stdout
+    assert "300 cases" in done.stdout
 
 
 def test_the_fuzzer_can_fail_and_prints_a_call_that_repeats_it():
@@ -41,7 +41,7 @@ def test_the_fuzzer_can_fail_and_prints_a_call_that_repeats_it():
     assert done.returncode == 1, done.stdout + done.stderr
     (call,) = re.findall(r'python -c "(.*)"', done.stdout)
     assert "Found: " in python(fault + call).stderr
-    assert python(call).returncode == 0
+    exec(call)  # of the sound package
 
 
 @pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
