@@ -44,13 +44,17 @@ def _alone(monkeypatch):
     torch.set_num_threads(before)
 
 
+def blocks(page):
+    """(title, code) of each."""
+    return re.findall(r"^```python(.*?)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
 def code_of(page):
     """All blocks of a page as one program. What needs a GPU says so in its title, and is only compiled where there is none."""
-    blocks = re.findall(r"^```python(.*?)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
-    for title, code in blocks:
+    for title, code in blocks(page):
         assert title in ("", ' title="on a GPU"'), (page, title)
         compile(code, str(DOCS / page), "exec")
-    return "\n".join(code for title, code in blocks if not title or torch.cuda.is_available())
+    return "\n".join(code for title, code in blocks(page) if not title or torch.cuda.is_available())
 
 
 def run(page, code, folder, monkeypatch):
@@ -74,7 +78,7 @@ def test_every_loop_is_checked():
     assert {page for page in PAGES if re.search(r"^losses = ", code_of(page), re.MULTILINE)} == set(LEARN)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page) and page not in LEARN])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in LEARN])
 def test_the_code_runs(page, tmp_path, monkeypatch):
     run(page, code_of(page), tmp_path, monkeypatch)
 
@@ -202,7 +206,7 @@ def site(tmp_path_factory):
     if not (ROOT / "mkdocs.yml").exists():
         pytest.skip("needs the repository")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return {path.stem: path.read_text() for path in folder.glob("*.html")}
