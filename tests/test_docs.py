@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -138,6 +139,20 @@ def test_the_loop_goes_on_where_it_was_interrupted(page, tmp_path, monkeypatch):
     assert last["losses"][-20:] == whole["losses"][-20:]
     for p, q in zip(last["model"].parameters(), whole["model"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_and_its_default_is_listed():
+    """``batch_size`` has a default in one class alone."""
+    rows = re.findall(r"^\| `(\w+)` \| (\S.*?) \|", (DOCS / "adamw.md").read_text(), re.MULTILINE)
+    parameters = {**inspect.signature(AdaBayesFP).parameters, **inspect.signature(AdaBayes).parameters}
+    del parameters["params"]
+    assert {name for name, _ in rows} == parameters.keys()
+    for name, default in rows:
+        expected = parameters[name].default
+        assert default == "none" if name == "batch_size" else ast.literal_eval(default.strip("`")) == expected, name
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
