@@ -21,9 +21,11 @@ paper_extras := paper
 test_extras := demo,bench,paper,test,frameworks,docs
 bench_extras := bench
 lint_extras := dev
+wheel_extras := wheel
+matrix_extras := matrix
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test test-gpu-host run-gpu-host sanitize bench paper docs lint clean
+.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper docs hub wheel matrix lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -37,6 +39,9 @@ lm: $(VENV)/lm.stamp  ## Train a small transformer on TEXT in two processes; che
 
 test: $(VENV)/test.stamp  ## Every test
 	$(RUN) -m pytest $(ARGS)
+
+fuzz: $(VENV)/test.stamp  ## Random inputs on all backends and the slow path, for ten minutes: ARGS="--cases 50000 --seed 0 --minutes 60"
+	$(RUN) tests/fuzz.py $(or $(ARGS),--cases 1000000 --minutes 10 --seed $$(date +%s))
 
 # The extension is built apart, against the CUDA runtime that the stand-in takes the place of, so that the one in adabayes_fused/
 # stays as it is. Left out: tensors of 2^31 elements, which no host has the memory for, and what the stand-in does not compute:
@@ -70,7 +75,7 @@ $(GPU_HOST_VENV)/gpu-host.stamp:
 	$(GPU_PYTHON) -m pip install $(PIP_FLAGS) cmake ninja numpy psutil pybind11 pytest rich
 	touch $@
 
-sanitize: $(VENV)/test.stamp  ## C++ tests, a random walk and state tests under Address- and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/test.stamp  ## C++ tests, random walks, fuzzing and state tests under Address- and UndefinedBehaviorSanitizer
 	@echo 'int main() {}' | $(CXX) -fsanitize=address,undefined -x c++ - -o /dev/null || \
 	  { echo "make sanitize: $(CXX) has no libasan or no libubsan; install them, or name another compiler: CXX=..." >&2; exit 1; }
 	CXX=$(CXX) $(RUN) -m cmake -S . -B $(SANITIZED) -G Ninja -DADABAYES_SANITIZE=ON -DADABAYES_CUDA=OFF \
@@ -84,6 +89,7 @@ sanitize: $(VENV)/test.stamp  ## C++ tests, a random walk and state tests under 
 	rm -f $(SANITIZED)/package/adabayes_fused/_native*
 	cp $(SANITIZED)/_native* $(SANITIZED)/package/adabayes_fused
 	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/walk.py --cases 2000
+	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/fuzz.py --cases 2000
 	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) -m pytest tests/test_state.py tests/test_layouts.py tests/test_errors.py -k 'not triton'
 
 bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results
@@ -91,6 +97,24 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
+
+matrix: $(VENV)/matrix.stamp  ## Tests beside torch 2.11 to 2.14 and under Python 3.10 to 3.14, as far as they can be had; tens of GB
+	rm -rf build/matrix
+	mkdir -p build/matrix
+	$(VENV)/bin/nox --report build/matrix/report.json $(ARGS)
+
+# torch brings an OpenMP runtime, libgomp.so.1, and is imported first: a second one beside it would have two sets of threads that
+# wait for each other.
+wheel: $(VENV)/wheel.stamp  ## A manylinux wheel of $(PYTHON) in dist/, with the CUDA kernels where nvcc is
+	rm -rf build/wheel
+	ADABAYES_FUSED_NATIVE=1 $(RUN) -m build --wheel --outdir build/wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+
+hub:  ## The Triton kernels as a repository for Hugging Face's kernels, in build/hub
+	rm -rf build/hub
+	mkdir -p build/hub/build/torch-universal
+	cp hub/README.md build/hub
+	cp hub/metadata.json triton_kernels/*.py build/hub/build/torch-universal
 
 # It reads the sources, and needs no torch.
 DOCS := build/docs-venv
@@ -102,12 +126,13 @@ $(DOCS)/stamp: pyproject.toml
 	sed -nE 's/^docs = \[(.*)\]$$/\1/p' pyproject.toml | tr -d , | xargs $(DOCS)/bin/python -m pip install $(PIP_FLAGS)
 	touch $@
 
-lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
+lint: $(VENV)/lint.stamp  ## ruff, mypy where pyproject.toml configures it, zizmor over the workflows
 	$(RUN) -m ruff check .
 	if grep -q '^\[tool.mypy' pyproject.toml; then $(RUN) -m mypy; fi
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 clean:  ## Remove what was made here
-	rm -rf .venv .venv-gpu-host build tests/fakecuda/build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-gpu-host build dist tests/fakecuda/build demo runs *.egg-info adabayes_fused/*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Without pip of its own, the environment uses $(PYTHON)'s: an old setuptools, which venv may bring, would hide $(PYTHON)'s.

@@ -92,7 +92,7 @@ def picture(results: Path = H200) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.overview", description=__doc__)
     default = Path(__file__).parents[1] / "docs" / "images" / "overview.png"
-    parser.add_argument("--output", type=Path, default=default, help="docs/images/overview.png, if not given")
+    parser.add_argument("--output", type=Path, default=default, metavar="FILE", help="docs/images/overview.png, if not given")
     output = parser.parse_args().output
     output.parent.mkdir(parents=True, exist_ok=True)
     picture().savefig(output, dpi=130)

@@ -1,6 +1,7 @@
 """The pages of docs/: the code of each runs as it is printed, in a folder of its own, and every loop learns; the site builds."""
 
 import ast
+import doctest
 import importlib.util
 import inspect
 import json
@@ -17,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import adabayes_fused
 from adabayes_fused import AdaBayes, AdaBayesFP
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))]
 NEEDS = {
     "accelerate.md": ("accelerate", "sklearn"),
     "huggingface.md": ("transformers", "accelerate", "sklearn"),
@@ -190,24 +192,38 @@ def test_each_message_is_explained(where, fixed):
     assert first_words(fixed) in explained
 
 
-# --- The sentences ----------------------------------------------------------------------------------------------------
+# --- Sentences and examples -------------------------------------------------------------------------------------------
 
 
-def sentences(markdown: str) -> Iterator[str]:
-    """Of paragraphs, items, headings and cells; code counts as one word."""
-    text = re.sub(r"^```.*?^```$|\$\$.*?\$\$", "", markdown, flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`]*`", "Code", text)
-    text = re.sub(r"^\|.*$", lambda row: row[0].replace("|", "\n\n"), text, flags=re.MULTILINE)
-    text = re.sub(r"^\s*(?:[-*:]|\d+\.|#+) ", "\n\n", text, flags=re.MULTILINE)
-    for block in re.split(r"\n\s*\n", text):
-        yield from re.split(r"(?<=[.!?]) +(?=[A-Z(])", " ".join(block.replace("**", "").split()))
+def sentences(page):
+    """Of the text, without code, formulas, tables and headings."""
+    text = re.sub(r"^```.*?^```$|^\$\$.*?^\$\$$|<!--.*?-->", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in text.splitlines() if not re.match(r"\s*[|#]|!\[", line)]
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*[-*] )", "\n".join(lines))
+    for paragraph in paragraphs:
+        plain = re.sub(r"\]\([^)]*\)", "]", " ".join(paragraph.split()))
+        plain = re.sub(r"`[^`]*`", "code", plain)
+        yield from re.split(r"(?<=[.?!])(?:\*\*|\))?\s+", plain)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
 def test_no_sentence_is_long(page):
-    long = [s for s in sentences((DOCS / page).read_text()) if len(re.findall(r"\S*\w\S*", s)) > 30]
+    long = [sentence for sentence in sentences(page) if len(sentence.split()) > 30]
     assert not long
+
+
+def test_the_examples_of_the_docstrings():
+    """Everybody who is public has one, and it does as it says."""
+    finder, runner = doctest.DocTestFinder(recurse=True), doctest.DocTestRunner(verbose=False)
+    public = [getattr(adabayes_fused, name) for name in adabayes_fused.__all__ if name != "__version__"]
+    shared = adabayes_fused.AdaBayes.__mro__[1]
+    tests = {test.name: test for thing in (*public, shared) for test in finder.find(thing)}
+    for name in ("AdaBayes", "AdaBayesFP", "posterior", "diagnostics", "release_gradients"):
+        assert tests[name].examples, name
+    for name in ("step", "set_batch_size", "load_adam_state_dict"):
+        assert tests[f"{shared.__name__}.{name}"].examples, name
+    failed = [name for name, test in tests.items() if runner.run(test, out=lambda _: None).failed]
+    assert not failed
 
 
 # --- The site ---------------------------------------------------------------------------------------------------------
@@ -228,7 +244,7 @@ def site(tmp_path_factory):
 
 
 def test_no_page_asks_another_server(site):
-    assert site.keys() > {page.removesuffix(".md") for page in PAGES} | {"changelog"}
+    assert site.keys() > {page.removesuffix(".md") for page in PAGES[1:]} | {"changelog"}
     for page, text in site.items():
         assert not re.search(r'<(?:script|img|iframe|source)[^>]* src="?(?:https?:)?//', text), page
         assert not re.search(r'<link[^>]* rel="?(?:stylesheet|preconnect)"?[^>]* href="?(?:https?:)?//', text), page

@@ -145,7 +145,8 @@ def test_sources_in_the_way_of_the_installed_copy_are_said_once(tmp_path):
     done = run_in_sources(tmp_path, "-c", TRAIN)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Warning") == 1
-    for told in ("no compiled kernels here", tmp_path / "sources", tmp_path / "installed", "Run Python from another folder", "pip install --no-deps -e ."):
+    ways_out = "Run Python from another folder", "pip install --no-deps -e ."
+    for told in ("no compiled kernels here", tmp_path / "sources", tmp_path / "installed", *ways_out):
         assert str(told) in done.stderr
     assert not run_in_sources(tmp_path / "filtered", "-W", "ignore::UserWarning", "-c", TRAIN).stderr
 

@@ -24,7 +24,7 @@ def test_report():
     assert done.returncode == (0 if compiled else 1), done.stdout + done.stderr
     assert ("No kernel runs here" in done.stdout) != compiled
     assert "ok" in lines["foreach"]
-    assert "TRITON_INTERPRET=1" in lines["triton"]
+    assert "TRITON_INTERPRET=1" in lines["triton"] or "pip install triton" in lines["triton"]
     assert "backend='auto'" in lines["cuda"] or "nvcc" in lines["cuda"]
 
 

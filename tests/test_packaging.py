@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import adabayes_fused
+from adabayes_fused.backends import cpp
 from adabayes_fused.table import NUMBERS, ROW_WORDS
 
 ROOT = Path(__file__).parent.parent
@@ -164,3 +166,51 @@ def check_cpu_only(built, site):
     file, has_cuda = installed(built, site, code).split()
     assert file.startswith(str(site))
     assert has_cuda == "False"
+
+
+OPENMP = """
+import re, torch, adabayes_fused
+weight = torch.nn.Parameter(torch.ones(1 << 20))
+weight.grad = torch.ones(1 << 20)
+adabayes_fused.AdaBayesFP([weight], backend="cpp").step()
+print(*{line.split()[-1] for line in open("/proc/self/maps") if re.search(r"lib(g|i)?omp", line)}, sep="\\n")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.skipif(cpp.unavailable(torch.device("cpu")) is not None, reason="the compiled module is not there")
+def test_one_openmp_runtime_is_loaded():
+    """Two in one process have threads that spin against each other."""
+    loaded = run([sys.executable, "-W", "ignore", "-c", OPENMP], ROOT).splitlines()
+    assert len(loaded) == 1, loaded
+
+
+FROM_THE_HUB = """
+import importlib, pathlib, sys, torch
+from kernels import get_local_kernel
+kernels = get_local_kernel(pathlib.Path("build/hub"))
+sys.modules["adabayes_fused.triton_kernels"] = kernels
+for name in ("codes", "multi_tensor", "rules"):
+    sys.modules[f"adabayes_fused.triton_kernels.{name}"] = importlib.import_module(f"{kernels.__name__}.{name}")
+from adabayes_fused import AdaBayes
+assert "build/hub" in sys.modules["adabayes_fused.triton_kernels.multi_tensor"].__file__
+weights = []
+for backend in ("triton", "foreach"):
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 33))
+    optimizer = AdaBayes([weight], batch_size=8, backend=backend)
+    for _ in range(3):
+        weight.grad = weight.detach().sin()
+        optimizer.step()
+    weights.append(weight)
+assert torch.equal(*weights)
+assert not torch.equal(weights[0], torch.linspace(-1, 1, 33))
+"""
+
+
+@needs("make")
+def test_the_hub_package_loads_and_computes(source):
+    pytest.importorskip("kernels")
+    pytest.importorskip("triton")
+    run(["make", "hub"], source)
+    shutil.rmtree(source / "triton_kernels")
+    run([sys.executable, "-c", FROM_THE_HUB], source, TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
