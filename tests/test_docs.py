@@ -3,6 +3,8 @@
 import ast
 import doctest
 import importlib.util
+import inspect
+import json
 import math
 import os
 import re
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 import adabayes_fused
-from adabayes_fused import AdaBayes
+from adabayes_fused import AdaBayes, AdaBayesFP
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -45,13 +47,17 @@ def _alone(monkeypatch):
     torch.set_num_threads(before)
 
 
+def blocks(page):
+    """(title, code) of each."""
+    return re.findall(r"^```python(.*?)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
 def code_of(page):
     """All blocks of a page as one program. What needs a GPU says so in its title, and is only compiled where there is none."""
-    blocks = re.findall(r"^```python(.*?)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
-    for title, code in blocks:
+    for title, code in blocks(page):
         assert title in ("", ' title="on a GPU"'), (page, title)
         compile(code, str(DOCS / page), "exec")
-    return "\n".join(code for title, code in blocks if not title or torch.cuda.is_available())
+    return "\n".join(code for title, code in blocks(page) if not title or torch.cuda.is_available())
 
 
 def run(page, code, folder, monkeypatch):
@@ -75,7 +81,7 @@ def test_every_loop_is_checked():
     assert {page for page in PAGES if re.search(r"^losses = ", code_of(page), re.MULTILINE)} == set(LEARN)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page) and page not in LEARN])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in LEARN])
 def test_the_code_runs(page, tmp_path, monkeypatch):
     run(page, code_of(page), tmp_path, monkeypatch)
 
@@ -135,6 +141,20 @@ def test_the_loop_goes_on_where_it_was_interrupted(page, tmp_path, monkeypatch):
     assert last["losses"][-20:] == whole["losses"][-20:]
     for p, q in zip(last["model"].parameters(), whole["model"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_and_its_default_is_listed():
+    """``batch_size`` has a default in one class alone."""
+    rows = re.findall(r"^\| `(\w+)` \| (\S.*?) \|", (DOCS / "adamw.md").read_text(), re.MULTILINE)
+    parameters = {**inspect.signature(AdaBayesFP).parameters, **inspect.signature(AdaBayes).parameters}
+    del parameters["params"]
+    assert {name for name, _ in rows} == parameters.keys()
+    for name, default in rows:
+        expected = parameters[name].default
+        assert default == "none" if name == "batch_size" else ast.literal_eval(default.strip("`")) == expected, name
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
@@ -209,16 +229,53 @@ def test_the_examples_of_the_docstrings():
 # --- The site ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_site_builds(tmp_path):
-    """Strictly: a warning, a broken link among them, is an error. No page asks another server for anything."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Built strictly: a warning, a broken link among them, is an error."""
     for needed in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
         pytest.importorskip(needed, reason="needs pip install 'adabayes_fused[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    if not (ROOT / "mkdocs.yml").exists():
+        pytest.skip("needs the repository")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for page in (*PAGES[1:], "changelog.md"):
-        text = (tmp_path / page.replace(".md", ".html")).read_text()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.stem: path.read_text() for path in folder.glob("*.html")}
+
+
+def test_no_page_asks_another_server(site):
+    assert site.keys() > {page.removesuffix(".md") for page in PAGES[1:]} | {"changelog"}
+    for page, text in site.items():
         assert not re.search(r'<(?:script|img|iframe|source)[^>]* src="?(?:https?:)?//', text), page
         assert not re.search(r'<link[^>]* rel="?(?:stylesheet|preconnect)"?[^>]* href="?(?:https?:)?//', text), page
-    assert "NVIDIA H200" in (tmp_path / "benchmarks.html").read_text()
-    assert "<math" in (tmp_path / "how.html").read_text()
+
+
+def test_benchmarks_are_the_committed_ones(site):
+    for path in (ROOT / "bench" / "results").rglob("results.json"):
+        rows = [row for row in json.loads(path.read_text())["rows"] if row.get("what") == "step"]
+        median = {(row["case"], row["contender"]): row["median_s"] for row in rows if "median_s" in row}
+        for (case, name), seconds in median.items():
+            if name.startswith("AdaBayes"):
+                ratio = seconds / median[case, "torch AdamW fused"]
+                shown = re.findall(rf"<td>{re.escape(name)}</td>(.*?)</tr>", site["benchmarks"], re.DOTALL)
+                assert any(f">{ratio:.3f}<" in row or f">{ratio:.2f}<" in row for row in shown), (path, case, name)
+
+
+def test_docstrings_and_formulas_are_drawn(site):
+    assert site["how"].count("<math") > 10
+    for page in ("how", "api"):
+        text = re.sub(r"<pre.*?</pre>", "", site[page], flags=re.DOTALL)
+        assert not re.search(r"``|:(?:class|meth|func|math):|\.\. math::|arithmatex|\\[a-z]+", text), page
+
+
+def test_the_picture_of_the_limits_is_a_step_of_the_optimizer():
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("limits", DOCS / "site" / "limits.py")
+    limits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(limits)
+    g = torch.logspace(-5, 0, 20, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    optimizer = AdaBayesFP([p], lr=limits.LR, sgd_lr=limits.SGD_LR, eps=0.0, weight_decay=0.0)
+    p.grad = g.clone()
+    optimizer.step()
+    torch.testing.assert_close(-p.detach() / g, torch.from_numpy(limits.step_size(g.numpy())))
