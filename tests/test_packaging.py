@@ -101,7 +101,7 @@ def test_sdist_builds_without_nvcc(source, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for place in ("csrc", "docs", "triton_kernels", "tests"):
+    for place in ("csrc", "docs", "examples", "hub", "triton_kernels", "tests"):
         here = {f.relative_to(source) for f in (source / place).rglob("*") if f.is_file() and f.suffix != ".pyc"}
         assert here
         assert {f.relative_to(unpacked) for f in (unpacked / place).rglob("*") if f.is_file()} == here
