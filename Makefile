@@ -98,7 +98,7 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
 
-matrix: $(VENV)/matrix.stamp  ## Tests beside torch 2.11 to 2.14 and under Python 3.10 to 3.14, as far as they can be had; tens of GB
+matrix: $(VENV)/matrix.stamp  ## Tests beside torch 2.11 to 2.15 and under Python 3.10 to 3.14, as far as they can be had; tens of GB
 	rm -rf build/matrix
 	mkdir -p build/matrix
 	$(VENV)/bin/nox --report build/matrix/report.json $(ARGS)

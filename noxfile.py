@@ -1,4 +1,4 @@
-"""Which versions of Python and torch work: `make matrix`, or `nox -s "tests-3.11(torch='2.14.1')"` for one of them.
+"""Which versions of Python and torch work: `make matrix`, or `nox -s "tests-3.11(torch='2.15.0')"` for one of them.
 
 A session builds one wheel for its Python, without torch at hand, and tests it beside the torch it is named after, in a folder
 without the sources. docs/versions.md holds what was found.
@@ -15,7 +15,7 @@ nox.options.reuse_venv = "no"
 HERE = Path(__file__).parent
 TORCH = "2.13.0"  # with every Python
 PYTHON = "3.11"  # with every torch
-CELLS = [(PYTHON, torch) for torch in ("2.11.0", "2.12.1", "2.13.0", "2.14.1")]
+CELLS = [(PYTHON, torch) for torch in ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")]
 CELLS += [(python, TORCH) for python in ("3.10", "3.12", "3.13", "3.14")]
 TESTS = [*(f"tests/test_{name}.py" for name in ("parity", "state", "layouts", "optimizer", "main")), "-k", "not triton"]
 
