@@ -125,11 +125,11 @@ def fit(
         losses.append(loss.detach())
         if t % max(1, steps // 50) == 0:
             tell(t / steps)
-    return Fitted(float(torch.stack(losses[-max(1, steps // 10) :]).mean()), *test(source, model))
+    return Fitted(float(torch.stack(losses[-max(1, steps // 10) :]).mean()), *tested(source, model))
 
 
 @torch.no_grad()
-def test(source: Source, model: nn.Module) -> tuple[float, float]:
+def tested(source: Source, model: nn.Module) -> tuple[float, float]:
     """Mean loss, and error in percent."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)

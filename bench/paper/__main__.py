@@ -109,6 +109,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     add("--folder", type=Path, help=f"of fashion: {data.WHERE['fashion']}")
     add("--tasks", nargs="+", choices=sgd_lr.TASKS, default=list(sgd_lr.TASKS), metavar="TASK", help="image text, if not given")
     add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="0 1, if not given")
+    add("--lr", nargs="+", type=float, choices=sgd_lr.LRS, default=list(sgd_lr.LRS), metavar="LR", help=f"of {sgd_lr.LRS}; all")
     steps = ", ".join(f"{steps} for {task}" for task, steps in sgd_lr.TASKS.items())
     add("--steps", type=int, help=f"of each run; {steps}, if not given")
     add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads; 1, if not given")
@@ -170,7 +171,7 @@ def reproduce(options: argparse.Namespace, console: Console) -> list[Path]:
 def study(options: argparse.Namespace, console: Console) -> list[Path]:
     from . import sgd_lr_report
 
-    jobs = sgd_lr.jobs(options.tasks, options.seeds, options.steps)
+    jobs = sgd_lr.jobs(options.tasks, options.seeds, options.steps, options.lr)
     plan = sgd_lr.Study(options.data, options.folder, options.output, machine.about("cpu", "bench.paper"), jobs)
     plan.prepare()  # here too, so that what is wrong with it is told before a process is started
     with claimed(plan.output):

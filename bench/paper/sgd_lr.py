@@ -118,7 +118,7 @@ def text(study: Study) -> Task:
 TASK = {"image": images, "text": text}
 
 
-def jobs(tasks: Iterable[str], seeds: Iterable[int], steps: int | None) -> list[Job]:
+def jobs(tasks: Iterable[str], seeds: Iterable[int], steps: int | None = None, lrs: Iterable[float] = LRS) -> list[Job]:
     """Every point of the grid with the first seed, then with the others, so that a stop leaves a whole; the variants last."""
     return [
         Job(task, optimizer, sgd_lr, lr, seed, steps or TASKS[task])
@@ -126,7 +126,7 @@ def jobs(tasks: Iterable[str], seeds: Iterable[int], steps: int | None) -> list[
         for seed in dict.fromkeys(seeds)
         for optimizer, sgd_lrs in part.items()
         for sgd_lr in sgd_lrs
-        for lr in LRS
+        for lr in lrs
         for task in tasks
     ]
 
