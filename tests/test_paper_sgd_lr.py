@@ -144,6 +144,15 @@ def test_a_run_s_figures(tmp_path, monkeypatch):
     assert found["examples"] == 64
 
 
+def test_the_variants_train_otherwise(tmp_path):
+    every = ("AdaBayes", "AdaBayes, fixed point", "AdaBayes, memory of 1,000")
+    plain, fixed_point, memory = trained(tmp_path, *(sgd_lr.Job("image", name, 100.0, 1e-2, 0, 20) for name in every))
+    assert fixed_point["train_loss"] < 0.9 * plain["train_loss"]  # whose first steps are of the size of sgd_lr
+    assert fixed_point["options"] == plain["options"]
+    assert memory["options"] == plain["options"] | dict(batch_size=pytest.approx(1000))
+    assert memory["train_loss"] != plain["train_loss"]
+
+
 def test_a_loss_that_is_no_number_is_null(tmp_path):
     (found,) = trained(tmp_path, sgd_lr.Job("image", "AdamW", None, 1e30, 0, 5))
     assert (found["test_loss"], found["train_loss"]) == (None, None)
