@@ -28,19 +28,21 @@ HERE = Path(__file__).parents[1]
 
 
 def test_the_grid_is_whole():
-    """Every point once; the first seed's whole grid stands before anything else, and the variants stand last."""
+    """Every point once; the first seed's whole grid stands before anything else, and what is extra stands last."""
     every = sgd_lr.jobs(sgd_lr.TASKS, [0, 1, 1])
     assert len({job.name for job in every}) == len(every) == 2 * 2 * 5 * (1 + 4 + 4 + 3 + 3 + 1)
     lrs = sorted({job.lr for job in every})
     assert [math.log10(b / a) for a, b in zip(lrs, lrs[1:], strict=False)] == pytest.approx([0.5] * 4, abs=0.025)
     whole = [("AdamW", None), *((name, x) for name in ("AdaBayes", "AdaBayes-FP") for x in (0.1, 1, 10, 100))]
+    whole += [("AdaBayes, fixed point", x) for x in (1, 10, 100)]
     for n, seed in enumerate((0, 1)):
-        some = every[90 * n : 90 * (n + 1)]
+        some = every[120 * n : 120 * (n + 1)]
         assert {job.seed for job in some} == {seed}
         expected = {(task, *curve, lr) for task in ("image", "text") for curve in whole for lr in lrs}
         assert {(job.task, job.optimizer, job.sgd_lr, job.lr) for job in some} == expected
-    assert {(job.optimizer, job.sgd_lr) for job in every[180:]}.isdisjoint(whole)
-    assert ("AdaBayes-FP", math.inf) in {(job.optimizer, job.sgd_lr) for job in every[180:]}
+        assert [job.optimizer for job in some[:90]].count("AdaBayes, fixed point") == 0
+    assert {(job.optimizer, job.sgd_lr) for job in every[240:]}.isdisjoint(whole)
+    assert ("AdaBayes-FP", math.inf) in {(job.optimizer, job.sgd_lr) for job in every[240:]}
 
 
 def options(optimizer, x, lr=1e-3, examples=1024):
@@ -271,8 +273,11 @@ def test_the_table_s_figures(folder):
 
 def test_the_picture_s_lines(folder):
     (grid,) = sgd_lr_report.read(folder)
-    figure = sgd_lr_report.draw([grid])
-    assert [at.get_title(loc="left") for at in figure.axes] == ["AdaBayes", "AdaBayes-FP", "AdaBayes, begun at the fixed point"]
+    figure = sgd_lr_report.draw([grid], ("AdaBayes", "AdaBayes-FP", "AdaBayes, memory of 1,000"))
+    assert [at.get_title(loc="left") for at in figure.axes] == [
+        "Images, AdaBayes\nbest: 0.470 at sgd_lr = 1, lr = 0.001; AdamW 0.450",
+        "Images, AdaBayes-FP\nbest: 0.450 at sgd_lr = inf, lr = 0.01; AdamW 0.450",
+    ]
     first = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert first.keys() == {"sgd_lr = 1", "sgd_lr = 10", "AdamW"}
     assert first["sgd_lr = 1"] == [pytest.approx([0.001, 0.47])]  # the other diverged
@@ -280,9 +285,15 @@ def test_the_picture_s_lines(folder):
     for at in figure.axes:
         (adamw,) = (line for line in at.lines if line.get_label() == "AdamW")
         assert adamw.get_xydata()[1].tolist() == pytest.approx([0.01, 0.45])
-    colours = [matplotlib.colors.to_hex(colour) for colour in sgd_lr_report.COLOURS.values()]
-    assert len(set(colours)) == len(sgd_lr_report.COLOURS) == 5
-    assert "+0.020 at sgd_lr=1, +0.180 at sgd_lr=10" in figure.get_suptitle()
+    colours = {matplotlib.colors.to_hex(colour) for colour in sgd_lr_report.COLOURS.values()}
+    assert len(colours) == len(sgd_lr_report.COLOURS) == 5
+
+
+def test_a_picture_of_what_is_there(folder):
+    assert {path.name for path in sgd_lr_report.write(folder)} == {"table.md", "loss.png", "variants.png"}
+    for path in (folder / "runs").glob("*fixed point*"):
+        path.unlink()
+    assert {path.name for path in sgd_lr_report.write(folder)} == {"table.md", "loss.png"}
 
 
 def test_one_seed_has_no_standard_error(folder):

@@ -31,8 +31,7 @@ ADABAYES, FP = "AdaBayes", "AdaBayes-FP"
 FIXED_POINT = "AdaBayes, fixed point"  # each variance begins where the first gradient's square would lead it
 MEMORY = "AdaBayes, memory of 1,000"  # steps, as <g^2>'s; batch_size is what gives it at the full lr
 PARTS: tuple[dict[str, tuple[float | None, ...]], ...] = (  # sgd_lr by optimizer; the first part is trained first
-    {"AdamW": (None,), ADABAYES: (0.1, 1.0, 10.0, 100.0), FP: (0.1, 1.0, 10.0, 100.0)},
-    {FIXED_POINT: (1.0, 10.0, 100.0)},
+    {"AdamW": (None,), ADABAYES: (0.1, 1.0, 10.0, 100.0), FP: (0.1, 1.0, 10.0, 100.0), FIXED_POINT: (1.0, 10.0, 100.0)},
     {MEMORY: (1.0, 10.0, 100.0)},
     {FP: (math.inf,)},
 )
@@ -119,7 +118,7 @@ TASK = {"image": images, "text": text}
 
 
 def jobs(tasks: Iterable[str], seeds: Iterable[int], steps: int | None = None, lrs: Iterable[float] = LRS) -> list[Job]:
-    """Every point of the grid with the first seed, then with the others, so that a stop leaves a whole; the variants last."""
+    """Every point of the grid with the first seed, then with the others, so that a stop leaves a whole; what is extra last."""
     return [
         Job(task, optimizer, sgd_lr, lr, seed, steps or TASKS[task])
         for part in PARTS

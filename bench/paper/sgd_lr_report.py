@@ -121,12 +121,15 @@ def holds(folder: Path) -> bool:
 
 
 def write(folder: Path) -> list[Path]:
-    """Writes table.md and loss.png; returns their paths. Raises what ``read`` does."""
+    """Writes table.md, loss.png and, of the variants that were trained, variants.png; returns the paths. Raises as ``read``."""
     grids = read(folder)
-    table, picture = folder / "table.md", folder / "loss.png"
-    table.write_text("\n".join(["# Loss against lr and sgd_lr", "", *map(markdown, grids)]))
-    draw(grids).savefig(picture, dpi=110)
-    return [table, picture]
+    written = [folder / "table.md"]
+    written[0].write_text("\n".join(["# Loss against lr and sgd_lr", "", *map(markdown, grids)]))
+    for name, columns in PICTURES.items():
+        if figure := draw(grids, columns):
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=110)
+    return written
 
 
 # --- The tables -------------------------------------------------------------------------------------------------------
@@ -172,6 +175,7 @@ def _memory_and_seeds(grid: Grid, curve: Curve) -> list[str]:
 
 def notes(grid: Grid) -> list[str]:
     run, options = grid.first, grid.first["options"]
+    exact = any(lr**2 * run["examples"] > sgd_lr for name, sgd_lr in grid.curves if name == ADABAYES for lr in grid.lrs)
     return [
         f"Means over seeds of the final losses; the best `lr` of each row is bold. {run['parameters']:,} parameters, "
         f"{run['steps']:,} steps, `batch_size={run['examples']}`, `weight_decay={options['weight_decay']}`, "
@@ -185,7 +189,11 @@ def notes(grid: Grid) -> list[str]:
             for curve in grid.curves
             if curve[0] in HEADINGS and (gap := grid.shown_gap(curve, (ADABAYES, curve[1]))) != "-"
         ),
-        'Where AdaBayes\' memory would be less than a step, the runs have `transition="exact"`; the default refuses that.',
+        *(
+            ['Where AdaBayes\' memory would be less than a step, runs have `transition="exact"`; the default refuses that.']
+            if exact
+            else []
+        ),
         f"{caption(run['machine'])}. Each run's JSON holds its machine, versions, commit and command.",
     ]
 
@@ -194,21 +202,22 @@ def notes(grid: Grid) -> list[str]:
 
 COLOURS = {0.1: "#9ECAE1", 1.0: "#4292C6", 10.0: "#08519C", 100.0: "#E69F00", math.inf: "#009E73"}
 MARKERS = {0.1: "v", 1.0: "o", 10.0: "s", 100.0: "^", math.inf: "x"}
-COLUMNS = (ADABAYES, FP, FIXED_POINT, MEMORY)
+PICTURES = {"loss": (ADABAYES, FP), "variants": (FIXED_POINT, MEMORY)}
 
 
-def draw(grids: list[Grid]) -> Figure:
-    """A row per task, a column per optimizer: test loss against lr, a line per sgd_lr, AdamW in each."""
-    columns = [name for name in COLUMNS if any(curve[0] == name for grid in grids for curve in grid.points)] or [ADAMW[0]]
-    figure = Figure(figsize=(1.2 + 3.9 * len(columns), 1.5 + 3.5 * len(grids)), layout="constrained")
+def draw(grids: list[Grid], optimizers: Iterable[str]) -> Figure | None:
+    """A row per task, a column per optimizer: test loss against lr, a line per sgd_lr, and AdamW. None without such runs."""
+    columns = [name for name in optimizers if any(name == optimizer for grid in grids for optimizer, _ in grid.points)]
+    if not columns:
+        return None
+    figure = Figure(figsize=(1.2 + 5 * len(columns), 1 + 3.9 * len(grids)), layout="constrained")
     axes = figure.subplots(len(grids), len(columns), sharey="row", squeeze=False)
     for line, grid in zip(axes, grids, strict=True):
         for at, name in zip(line, columns, strict=True):
             _panel(at, grid, name)
         line[0].set_ylabel(f"{grid.title}: final test loss")
     handles = {label: line for at in axes.flat for line, label in zip(*at.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
-    figure.suptitle(message(grids), fontsize=12, fontweight="bold", x=0.01, ha="left")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
 
@@ -226,7 +235,7 @@ def _panel(at: Axes, grid: Grid, optimizer: str) -> None:
     at.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     at.xaxis.set_minor_formatter(NullFormatter())
     at.yaxis.set_major_locator(MaxNLocator(6))
-    at.set_title(HEADINGS.get(optimizer, optimizer), loc="left", fontsize=11)
+    at.set_title(message(grid, optimizer), loc="left", fontsize=11)
     at.grid(color="#E5E5E5")
     at.set_axisbelow(True)
     at.spines[["top", "right"]].set_visible(False)
@@ -240,11 +249,17 @@ def _line(at: Axes, points: dict[float, Point], **style: Any) -> None:
     at.vlines(lrs, low, high, color=style["color"], linewidth=1)
 
 
-def message(grids: Iterable[Grid]) -> str:
-    """For each task, how far each sgd_lr of AdaBayes at its best lr ends from AdamW at its best."""
-    lines = []
-    for grid in grids:
-        gaps = {curve[1]: grid.gaps(curve) for curve in grid.curves if curve[0] == ADABAYES}
-        told = [f"{math.fsum(some) / len(some):+.3f} at sgd_lr={sgd_lr:g}" for sgd_lr, some in gaps.items() if some]
-        lines += [f"{grid.title}: AdaBayes' best loss ends beside AdamW's best by {', '.join(told)}"] if told else []
-    return "\n".join(lines) or "Final test loss against lr"
+def message(grid: Grid, optimizer: str) -> str:
+    """The optimizer's sgd_lr and lr of the lowest loss, beside AdamW's lowest."""
+    heading = f"{grid.title}, {HEADINGS.get(optimizer, optimizer)}"
+    lowest = [
+        (grid.points[curve][lr].mean(), curve[1], lr)
+        for curve in grid.curves
+        if curve[0] == optimizer
+        for lr in [grid.best(curve)]
+    ]
+    if not lowest or not math.isfinite(min(lowest)[0]):
+        return heading
+    loss, sgd_lr, lr = min(lowest)
+    adamw = f"; AdamW {grid.points[ADAMW][grid.best(ADAMW)].mean():.3f}" if ADAMW in grid.points else ""
+    return f"{heading}\nbest: {loss:.3f} at sgd_lr = {sgd_lr:g}, lr = {lr:g}{adamw}"
