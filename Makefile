@@ -18,12 +18,13 @@ BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 demo_extras := demo
 lm_extras := example
 paper_extras := paper
-test_extras := demo,bench,paper,test,frameworks
+test_extras := demo,bench,paper,test,frameworks,docs
 bench_extras := bench
 lint_extras := dev
+docs_extras := docs
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test test-gpu-host run-gpu-host sanitize bench paper lint clean
+.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper docs lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -37,6 +38,9 @@ lm: $(VENV)/lm.stamp  ## Train a small transformer on TEXT in two processes; che
 
 test: $(VENV)/test.stamp  ## Every test
 	$(RUN) -m pytest $(ARGS)
+
+fuzz: $(VENV)/test.stamp  ## Random inputs on all backends and the slow path, for ten minutes: ARGS="--cases 50000 --seed 0 --minutes 60"
+	$(RUN) tests/fuzz.py $(or $(ARGS),--cases 1000000 --minutes 10 --seed $$(date +%s))
 
 # The extension is built apart, against the CUDA runtime that the stand-in takes the place of, so that the one in adabayes_fused/
 # stays as it is. Left out: tensors of 2^31 elements, which no host has the memory for, and what the stand-in does not compute:
@@ -70,7 +74,7 @@ $(GPU_HOST_VENV)/gpu-host.stamp:
 	$(GPU_PYTHON) -m pip install $(PIP_FLAGS) cmake ninja numpy psutil pybind11 pytest rich
 	touch $@
 
-sanitize: $(VENV)/test.stamp  ## C++ tests, a random walk and state tests under Address- and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/test.stamp  ## C++ tests, random walks, fuzzing and state tests under Address- and UndefinedBehaviorSanitizer
 	@echo 'int main() {}' | $(CXX) -fsanitize=address,undefined -x c++ - -o /dev/null || \
 	  { echo "make sanitize: $(CXX) has no libasan or no libubsan; install them, or name another compiler: CXX=..." >&2; exit 1; }
 	CXX=$(CXX) $(RUN) -m cmake -S . -B $(SANITIZED) -G Ninja -DADABAYES_SANITIZE=ON -DADABAYES_CUDA=OFF \
@@ -84,6 +88,7 @@ sanitize: $(VENV)/test.stamp  ## C++ tests, a random walk and state tests under 
 	rm -f $(SANITIZED)/package/adabayes_fused/_native*
 	cp $(SANITIZED)/_native* $(SANITIZED)/package/adabayes_fused
 	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/walk.py --cases 2000
+	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/fuzz.py --cases 2000
 	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) -m pytest tests/test_state.py tests/test_layouts.py tests/test_errors.py -k 'not triton'
 
 bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results
@@ -91,6 +96,9 @@ bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers:
 
 paper: $(VENV)/paper.stamp  ## The paper's experiments on digits, or what ARGS say: tables, Figures 3 and 4 in runs/
 	$(RUN) -m bench.paper $(or $(ARGS),digits --jobs 2)
+
+docs: $(VENV)/docs.stamp  ## The documentation as a site, in build/site
+	$(VENV)/bin/mkdocs build
 
 lint: $(VENV)/lint.stamp  ## ruff, and mypy where pyproject.toml configures it
 	$(RUN) -m ruff check .

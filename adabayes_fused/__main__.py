@@ -1,7 +1,7 @@
 """``python -m adabayes_fused``: which backends this machine has, why not the others, and whether each is right.
 
-Every backend that runs here takes a few steps beside the slow path (``adabayes_fused.reference``) in float64. Exit status:
-0 if all agree, 1 if one does not.
+Every backend that runs here takes a few steps beside the slow path (``adabayes_fused.reference``) in float64. The exit status
+is 1 if one of them fails or differs, or if a device for which there are kernels gets none; else it is 0.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def main() -> int:
             well, line = describe(backend, device)
             all_well &= well
             print(f"  {backend:8} {line}")
+        if choose("auto", device) == "foreach":
+            all_well = False
+            print("  No kernel runs here, so backend='auto' takes 'foreach', which is slow. What to do stands above.")
     if len(devices) == 1:
         print("\nparameters on cuda")
         for backend in ("cuda", "triton"):

@@ -68,7 +68,12 @@ def corrected(numbers: Sequence[Any], step: Any) -> list[Any]:
     """The coefficients at step count ``step`` (1 at the first; a whole number, or a tensor of such in the type to compute in),
     from ``Algorithm.numbers``."""
     exact = zip(numbers[:8], numbers[8:], strict=True)
-    return [c if type(decay) is float and decay == 0.0 else c / (1.0 - power(decay, step)) for c, decay in exact]
+    return [c if type(decay) is float and decay == 0.0 else quotient(c, 1.0 - power(decay, step)) for c, decay in exact]
+
+
+def quotient(a: Any, b: Any) -> Any:
+    """``a / b`` rounded once: of a number and a tensor, torch multiplies the rounded reciprocal."""
+    return torch.full_like(b, a) / b if isinstance(b, torch.Tensor) and not isinstance(a, torch.Tensor) else a / b
 
 
 def _expm1(x: Any) -> Any:
@@ -106,7 +111,7 @@ def variance_units(group: Group) -> tuple[Any, Any]:
 def adabayes_coefficients(group: Group) -> tuple[Any, ...]:
     """Algorithm 1's coefficients. Works on floats and, where a GPU alone knows an option, on 0-dim float64 tensors alike."""
     lr, r, batch_size = group["lr"], group["r"], group["batch_size"]
-    kappa = lr * (batch_size / r)  # eta^2 / sigma^2
+    kappa = lr * quotient(batch_size, r)  # eta^2 / sigma^2
     if group["transition"] == "paper":  # (1 - kappa/2)^2 s + eta^2, Eq. 16b
         drift, forget = kappa, kappa * (1.0 - kappa / 4.0)
     else:  # the Ornstein-Uhlenbeck process it linearises
@@ -124,7 +129,7 @@ def adabayes_coefficients(group: Group) -> tuple[Any, ...]:
 
 def adabayes_fp_coefficients(group: Group) -> tuple[Any, ...]:
     """Algorithm 2's coefficients; as :func:`adabayes_coefficients`. The batch size cancels."""
-    return *_common(group), group["lr"], 0.5 / group["r"], 1.0, group["eps"]
+    return *_common(group), group["lr"], quotient(0.5, group["r"]), 1.0, group["eps"]
 
 
 ADABAYES = Algorithm(

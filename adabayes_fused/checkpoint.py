@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import codes
-from .algorithms import ADABAYES, ALGORITHMS, Algorithm, complete_group, make_python_numbers, present
+from .algorithms import ADABAYES, ALGORITHMS, Algorithm, complete_group, make_python_numbers, present, python_number
 from .codes import Layout
 from .prepare import initial, new_seed, new_slot, new_step, number, own_copy, step_device
 from .scalars import SCALARS
@@ -93,9 +93,11 @@ def _check_kind(optimizer: Any, i: int, entry: dict[str, Any]) -> None:
 
 
 def check_entry(slots: tuple[str, ...], i: Any, p: Tensor, entry: dict[str, Any]) -> None:
-    """Raises ValueError unless ``step`` is one number and each of ``slots`` that is there a tensor shaped like ``p``."""
-    if entry and torch.as_tensor(entry["step"], device=getattr(entry["step"], "device", "cpu")).numel() != 1:
-        raise ValueError(f"loaded state dict: step of parameter {i} must be one number, given {entry['step']!r}")
+    """Raises ValueError unless ``step`` and ``seed`` are one number, and each of ``slots`` that is there a tensor like ``p``."""
+    for name in ("step", "seed"):
+        value = python_number(entry.get(name, 0))
+        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))):
+            raise ValueError(f"loaded state dict: {name} of parameter {i} must be one number, given {value!r}")
     for name in slots:
         if name in entry and not isinstance(entry[name], Tensor):
             raise ValueError(f"loaded state dict: {name} of parameter {i} must be a tensor, given {entry[name]!r}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .algorithms import quotient
 from .backends.launch import Launch, Undecided
 from .scalars import on, wide
 from .sharding import summed
@@ -132,7 +133,7 @@ def norm_and_factor(total: Any, grad_scale: Any, limit: float) -> tuple[Any, Any
     norm = total**0.5 / grad_scale
     if limit == math.inf:
         return norm, 1.0 / grad_scale
-    clip = limit / (norm + EPSILON)
+    clip = quotient(limit, norm + EPSILON)
     if isinstance(clip, Tensor):
         clip = clip.clamp(max=1.0)
     elif clip > 1.0:  # not of a NaN

@@ -31,7 +31,7 @@ class Diagnosis(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """A :class:`Diagnosis` for each parameter, in the groups' order, and one over all their weights. ``print`` shows a table."""
+    """A ``Diagnosis`` for each parameter, in the groups' order, and one over all their weights. ``print`` shows a table."""
 
     parameters: tuple[Diagnosis, ...]
     overall: Diagnosis
@@ -48,23 +48,35 @@ class Diagnostics(NamedTuple):
 
 
 def diagnostics(optimizer: _FusedOptimizer) -> Diagnostics:
-    r"""The regime each weight is in, and how far its variance is from the fixed point.
+    """The regime each weight is in, and how far its variance is from the fixed point.
 
-    A weight is SGD-like where SGD's limit of Eq. 20 is below Adam's, :math:`\sigma^2 < \eta/\sqrt{\langle g^2\rangle}` (they
+    A weight is SGD-like where SGD's limit of Eq. 20 is below Adam's, sigma^2 < eta / sqrt(<g^2>) (they
     cross in the paper's Figure 3), Adam-like elsewhere; one that is not a number is neither. ``AdaBayes(lean=True)`` keeps
-    no :math:`\langle g^2\rangle`: there a weight is SGD-like where :math:`\sigma^2_{post}` is above what Eq. 20 gives at the
-    border, :math:`2\sigma^2/(1+\sqrt 5)`, which is the same once the variance has settled.
+    no <g^2>: there a weight is SGD-like where sigma^2_post is above what Eq. 20 gives at the border, 2 sigma^2 / (1 + sqrt(5)),
+    which is the same once the variance has settled.
+
+    ``AdaBayesFP`` is at the fixed point by construction: its distance is 0. An ``exp_avg_sq`` that began at 0 as a lean state
+    was loaded is read as it is, too small. The function waits for an accelerator once. Of DTensors the weights of all
+    processes count: call it in each of them, and each gets the same.
 
     Args:
-        optimizer: an :class:`AdaBayes` or :class:`AdaBayesFP`, which is left as it is.
+        optimizer: an ``AdaBayes`` or ``AdaBayesFP``, which is left as it is.
 
-    Returns: shares in [0, 1] and distances under the groups' present ``lr``, ``r`` and ``batch_size``. Parameters that have
-    taken no step are listed and not counted; the parts of a complex weight count one by one. ``AdaBayesFP`` is at the
-    fixed point by construction: its distance is 0. An ``exp_avg_sq`` that began at 0 as a lean state was loaded is read
-    as it is, too small. Waits for an accelerator once. Of DTensors the weights of all processes count: call it in each of
-    them, and each gets the same.
+    Returns:
+        Shares in [0, 1] and distances under the groups' present ``lr``, ``r`` and ``batch_size``. Parameters that have taken no
+            step are listed and not counted. The parts of a complex weight count one by one.
 
-    Raises: TypeError for another optimizer.
+    Raises:
+        TypeError: the optimizer is another one.
+
+    Examples:
+        >>> import torch, adabayes_fused
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = adabayes_fused.AdaBayes([weight], batch_size=64)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> adabayes_fused.diagnostics(optimizer).overall.numel
+        3
     """
     check_optimizer(optimizer)
     found = [(name, p, _sums(Reading(optimizer, group, p))) for group, name, p in _named_parameters(optimizer)]

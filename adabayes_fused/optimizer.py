@@ -188,22 +188,25 @@ class _FusedOptimizer(Optimizer):
                     )
 
     def set_batch_size(self, n: float | Tensor) -> None:
-        """Tells every group how many examples the mean loss of the next steps averages over::
+        """Tells every group how many terms the mean loss of the next steps averages over.
 
-            for images, labels in loader:  # the last batch is smaller
-                optimizer.set_batch_size(len(images))
-
-            for micro_batches in loader:  # several backward passes a step, in each of several processes
-                optimizer.set_batch_size(sum(map(len, micro_batches)) * processes)
-
-        It takes effect at the next step and sets the noise of its gradients; the unit of the variances under
-        ``variance_follows_lr=False``, the first sigma^2, stays.
+        Call it where a batch is smaller than the others, before its step. Under ``variance_follows_lr=False`` the unit of the
+        variances stays the first one.
 
         Args:
             n: a number >= 1, or a one-element tensor, which is read once. A group whose ``batch_size`` is a tensor has it
                 written in place, so that a captured step sees it.
 
-        Raises: ValueError or TypeError, as a group with this batch_size would; nothing has changed then.
+        Raises:
+            ValueError: ``n`` is out of its range, or kappa would be above 1. Nothing has changed then.
+            TypeError: ``n`` is no number. Nothing has changed then.
+
+        Examples:
+            >>> import torch, adabayes_fused
+            >>> optimizer = adabayes_fused.AdaBayes([torch.nn.Parameter(torch.ones(3))], batch_size=64)
+            >>> optimizer.set_batch_size(17)
+            >>> optimizer.param_groups[0]["batch_size"]
+            17
         """
         n = n.item() if isinstance(n, Tensor) and n.numel() == 1 else python_number(n)
         check_batch_size(n)
@@ -263,14 +266,27 @@ class _FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step over every parameter that has a gradient; its step count rises by one, the others' stay.
+        """Updates every parameter that has a gradient, and raises its step count by one. The others stay as they are.
 
         Args:
             closure: re-evaluates the model and returns the loss, if given.
 
-        Returns: the closure's loss, or None.
+        Returns:
+            The closure's loss, or None.
 
-        Raises: ValueError, TypeError or RuntimeError that names the option or parameter; nothing has changed then.
+        Raises:
+            ValueError: an option is out of its range. Nothing has changed then, as with the other errors.
+            TypeError: an option, a parameter or a gradient is of a wrong type.
+            RuntimeError: a parameter or its state cannot be updated, or a named backend cannot run.
+
+        Examples:
+            >>> import torch, adabayes_fused
+            >>> weight = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = adabayes_fused.AdaBayesFP([weight])
+            >>> weight.square().sum().backward()
+            >>> optimizer.step()
+            >>> bool((weight < 1).all())
+            True
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -315,14 +331,14 @@ class _FusedOptimizer(Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps this object has skipped so far: a 0-dim int64 tensor, on the device that decides. Reading it does
-        not wait, ``int(...)`` does."""
+        """How many steps this object has skipped: a 0-dim int64 tensor on the device that decides. Reading it does not wait
+        for a GPU; ``int(...)`` does."""
         return self._stepper.skipped.clone()
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The 2-norm of the last step's gradients, unscaled and before clipping: a 0-dim float64 tensor on their device;
-        None without ``max_grad_norm`` and ``skip_nonfinite``."""
+        """The 2-norm of the last step's gradients, unscaled and before clipping: a 0-dim float64 tensor on their device. It
+        is None without ``max_grad_norm`` and ``skip_nonfinite``."""
         return self._stepper.grad_norm
 
     def _forget_run(self) -> None:
@@ -343,14 +359,18 @@ class _FusedOptimizer(Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`~torch.optim.Optimizer.state_dict` gave, bit for bit, in our dtypes whatever the parameters'.
+        """Loads what ``state_dict()`` gave, bit for bit. State keeps its own dtype, whatever the parameters' is.
 
-        ``capturable`` and what is told to the constructor alone stay as they are here, and so does an option that the
-        saved groups lack. A state of the other of lean and full loads: what is not needed is left out; of what is missing,
-        ``exp_avg_sq`` of AdaBayes starts at zero, with a warning. An ``lr`` (or other option of a step) that is a tensor
-        here stays that tensor, with the loaded value; so do the state tensors of groups with ``capturable``.
+        ``capturable`` and the options of the whole optimizer stay as they are here, and so does an option that the saved groups
+        lack. Lean state loads into a full optimizer and the other way round; AdaBayes' ``exp_avg_sq`` then starts at zero, with
+        a warning. An option that is a tensor here stays that tensor and takes the loaded value. So do the state tensors of
+        groups with ``capturable``.
 
-        Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
+        Args:
+            state_dict: of the same class, over parameters of the same shapes.
+
+        Raises:
+            ValueError: the state is another optimizer's or of other shapes. Nothing has changed then.
         """
         self._load(state_dict, told=False)
 
@@ -378,67 +398,84 @@ class _FusedOptimizer(Optimizer):
                 hook.remove()
 
     def load_adam_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from where torch.optim.Adam or AdamW stopped: takes over the averages and step counts of its ``state_dict``.
+        """Goes on from where torch's Adam or AdamW stopped: it takes over the averages and step counts.
 
-        The options stay as they are here; the same ``betas`` keep the averages unbiased. AdaBayesFP goes on as if it had been
-        trained so far, with ``sgd_lr=inf`` as AdamW would have. AdaBayes starts its variances from the fixed point that the
-        averaged squared gradients imply (Eq. 20). ``max_exp_avg_sq`` (amsgrad) is left out, with a warning.
+        The options stay as they are here. AdaBayesFP goes on as if it had been trained so far, with ``sgd_lr=inf`` exactly as
+        AdamW. AdaBayes starts each variance at the fixed point that the averaged squared gradient implies (Eq. 20).
+        ``max_exp_avg_sq`` (amsgrad) is left out, with a warning.
 
         Args:
-            state_dict: of an Adam or AdamW over the same parameters in groups of the same lengths.
+            state_dict: of an Adam or AdamW over the same parameters, in groups of the same lengths, with the same ``betas``.
 
-        Raises: ValueError for the state of another optimizer or of other shapes; nothing has changed then.
+        Raises:
+            ValueError: the state is another optimizer's or of other shapes. Nothing has changed then.
+
+        Examples:
+            >>> import torch, adabayes_fused
+            >>> weight = torch.nn.Parameter(torch.ones(3))
+            >>> adamw = torch.optim.AdamW([weight])
+            >>> weight.square().sum().backward()
+            >>> adamw.step()
+            >>> optimizer = adabayes_fused.AdaBayesFP([weight], sgd_lr=10)
+            >>> optimizer.load_adam_state_dict(adamw.state_dict())
+            >>> int(optimizer.state[weight]["step"])
+            1
         """
         self._load(warm_start.from_adam(self.algorithm, self.param_groups, state_dict), told=True)
 
 
 class AdaBayes(_FusedOptimizer):
-    r"""AdaBayes, Algorithm 1 of the paper: each weight's step size is its posterior variance under a Kalman filter.
+    """AdaBayes, Algorithm 1 of the paper. Each weight's step size is its posterior variance under a Kalman filter.
 
-    Per element, with :math:`g` the gradient of the mean loss, variances in units of
-    :math:`\sigma^2 = \text{sgd\_lr} / \text{batch\_size}`, :math:`r = \text{sgd\_lr} / \text{lr}` and
-    :math:`\kappa = \text{lr} \cdot \text{batch\_size} / r`:
+    Let g be the gradient of the mean loss, r = sgd_lr / lr, kappa = lr * batch_size / r, and let variances be in units of
+    sigma^2 = sgd_lr / batch_size. Step t does to each weight w:
 
-    .. math::
-        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
-        u_{post} &\leftarrow u_{prior} / (1 + u_{prior} \, lr \, r \, \text{batch\_size} \, g^2) \\
-        u_{prior} &\leftarrow (1 - \kappa/2)^2 u_{post} + \kappa \\
-        w &\leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, r \, u_{post} \, m / (1 - \beta_1^t)
+        m         <- beta1 m + (1 - beta1) g
+        post_var  <- prior_var / (1 + prior_var * lr * r * batch_size * g^2)
+        prior_var <- (1 - kappa / 2)^2 post_var + kappa
+        w         <- (1 - lr * weight_decay) w - lr * r * post_var * m / (1 - beta1^t)
 
-    Every option but ``lean``, ``backend`` and those from ``fused_unscale`` on may also be given per parameter group. ``lr``,
-    ``batch_size``, ``weight_decay``, ``betas`` and the group's ``r`` are read afresh at each step.
+    A parameter group may have its own value of every option down to ``capturable``. A step reads them afresh, so you may
+    change them between steps.
+
+    State per parameter: ``step`` is a 0-dim float32 tensor. ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
+    ``post_var`` are shaped like it, float32 (float64 for float64), with variances in units of sigma^2. In fewer bits they are
+    uint8 or bfloat16. ``correction`` is int8 or int16. ``seed`` is a 0-dim int64 tensor where anything is random.
 
     Args:
-        params: parameters, or groups of them; float32, float64, float16, bfloat16 or complex, on any device.
-        lr: the paper's eta, Adam's learning rate. A float, or a one-element tensor, of which
-            each group keeps a copy (write ``group["lr"]``). At 0 weights stand still.
-        batch_size: the number of examples the mean loss of one step averages over: micro-batch x accumulation x processes.
-            It sets the filter's memory, 1/kappa steps.
-        sgd_lr: the learning rate of a weight whose gradients say nothing, SGD's. It follows the schedule of ``lr``.
-        betas: decay of the averages of the gradient and of its square; the latter is kept for you, the update has no use for it.
-        weight_decay: decoupled; a step multiplies weights by ``1 - lr * weight_decay``, as torch's AdamW does.
-        transition: ``"paper"``, the linearised drift of Eq. 16b, for kappa <= 1; ``"exact"``, the process itself, for any.
-        variance_follows_lr: keep variances relative to sigma^2, so that a new ``lr`` acts at once, as in Adam. False keeps
-            the literal variance, which lags behind a schedule as the paper's own runs did.
-        maximize: ascend.
-        lean: keep only what the recursion needs (``exp_avg``, ``prior_var``): the same weights, AdamW's memory and traffic.
-        backend: ``"auto"``, the fastest on each parameter's device; ``"cpp"``, ``"cuda"``, ``"triton"``, ``"foreach"``.
+        params: parameters, or groups of them: float32, float64, float16, bfloat16 or complex, on any device.
+        lr: Adam's learning rate, the paper's eta. It is a float, or a one-element tensor, of which each group keeps a copy
+            (write ``group["lr"]``). At 0 weights stand still.
+        batch_size: how many terms the mean loss of one step averages over: examples, or tokens of a language model, times
+            micro-batches, times processes. It sets the filter's memory, 1/kappa steps.
+        sgd_lr: the learning rate of a weight whose gradients say nothing, as SGD's. It follows the schedule of ``lr``.
+        betas: the decay of the averages of the gradient and of its square. AdaBayes keeps the latter for you and does not use it.
+        weight_decay: decoupled. A step multiplies weights by ``1 - lr * weight_decay``, as torch's AdamW does.
+        transition: ``"paper"`` is the linearised drift of Eq. 16b, for kappa <= 1. ``"exact"`` is the process itself, for any.
+        variance_follows_lr: True keeps variances relative to sigma^2, so that a new ``lr`` acts at once, as in Adam. False
+            keeps the literal variance, which takes epochs to follow a schedule, as in the paper's own runs.
+        maximize: ascend instead of descend.
         capturable: let a CUDA graph capture steps, and keep the state's tensors where they are when a checkpoint is loaded.
+        lean: store only what the recursion needs (``exp_avg``, ``prior_var``): the same weights with AdamW's memory.
+        backend: ``"auto"`` is the fastest on each parameter's device; else ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"foreach"``.
         fused_unscale: let ``step`` unscale gradients and skip overflows under torch.amp.GradScaler. False leaves both to
             the scaler, for Lightning's clipping and Accelerate's fp16.
-        max_grad_norm: clip the 2-norm of all gradients to this, within ``step``; ``p.grad`` stays as it is. inf measures only.
-            Over all parts of DTensors; under ZeroRedundancyOptimizer over this process's share alone.
+        max_grad_norm: ``step`` clips the 2-norm of all gradients to this. ``p.grad`` stays as it is; inf measures only. The
+            norm is over all parts of DTensors, and under ZeroRedundancyOptimizer over this process's share alone.
         skip_nonfinite: a step with a gradient that is not finite changes nothing.
-        state_dtype: ``"float32"``; ``"bfloat16"``; ``"8bit"``, with ``lean`` alone. The latter are rounded stochastically.
-        weight_rounding: of bfloat16 parameters. ``"nearest"``; ``"stochastic"``; ``"24bit"`` and ``"32bit"``, which keep what a
-            weight lacks in ``correction``, 8 or 16 bits.
-        seed: of the random numbers; each parameter's own is made of it and of its position, and is saved with the state.
+        state_dtype: ``"float32"``, ``"bfloat16"``, or ``"8bit"`` with ``lean`` alone. The latter two are rounded stochastically.
+        weight_rounding: of bfloat16 parameters: ``"nearest"``, ``"stochastic"``, or ``"24bit"`` and ``"32bit"``, which store what
+            a weight lacks in ``correction``, 8 or 16 bits.
+        seed: of the random numbers. Each parameter's own is made of it and of its position, and is saved with the state.
 
-    State per parameter: ``step``, a 0-dim float32 tensor; ``exp_avg``, ``prior_var`` and, unless ``lean``, ``exp_avg_sq`` and
-    ``post_var``, shaped like it, float32 (float64 for float64), variances in units of sigma^2. In fewer bits they are codes
-    (``codes.py``), uint8 or bfloat16; ``correction`` is int8 or int16; ``seed`` a 0-dim int64 tensor where anything is random.
+    Raises:
+        ValueError: an option is out of its range. The message says what was given and what is allowed.
+        TypeError: an option is of a wrong type.
 
-    Raises: ValueError or TypeError that says what was given and what is allowed.
+    Examples:
+        >>> import torch, adabayes_fused
+        >>> model = torch.nn.Linear(784, 10)
+        >>> optimizer = adabayes_fused.AdaBayes(model.parameters(), lr=1e-3, sgd_lr=1, batch_size=128, lean=True)
 
     Source: Aitchison, "Bayesian filtering unifies adaptive and non-adaptive neural network optimization methods", NeurIPS 2020.
     """
@@ -493,26 +530,31 @@ class AdaBayes(_FusedOptimizer):
 
 
 class AdaBayesFP(_FusedOptimizer):
-    r"""AdaBayes-FP, Algorithm 2 of the paper: AdaBayes with each variance at its fixed point; AdamW with another denominator.
+    """AdaBayes-FP, Algorithm 2 of the paper: AdaBayes with each variance at its fixed point; AdamW with another denominator.
 
-    Per element, with :math:`a = \text{lr} / (2 \, \text{sgd\_lr})`:
+    Let m_hat and v_hat be Adam's averages and a = lr / (2 sgd_lr). A step does to each weight w:
 
-    .. math::
-        w \leftarrow (1 - lr \cdot \text{weight\_decay}) w - lr \, \hat m / (a + \sqrt{a^2 + \hat v} + \epsilon)
+        w <- (1 - lr * weight_decay) w - lr * m_hat / (a + sqrt(a^2 + v_hat) + eps)
 
-    ``sgd_lr=inf`` is AdamW; where gradients tend to 0 it is SGD at ``sgd_lr``, with averaged momentum. The batch size cancels.
+    ``sgd_lr=inf`` is AdamW. Where gradients tend to 0 it is SGD at ``sgd_lr``, with averaged momentum. The batch size cancels.
+    The options that are not listed here are those of ``AdaBayes``.
 
     Args:
-        params, lr, betas, weight_decay, maximize, backend, capturable, fused_unscale, max_grad_norm, skip_nonfinite, state_dtype,
-            weight_rounding, seed: as in :class:`AdaBayes`.
-        sgd_lr: as in :class:`AdaBayes`, or inf.
-        eps: AdamW's; needed only where ``sgd_lr=inf``.
-        batch_size: not used by the update; tell it to have variances in the paper's units.
-        lean: keep only ``exp_avg`` and ``exp_avg_sq``, AdamW's state; else ``post_var`` too, in units of sigma^2.
+        sgd_lr: as in ``AdaBayes``, or inf.
+        eps: AdamW's. It is needed only where ``sgd_lr=inf``.
+        batch_size: the update does not use it. Tell it to have variances in the paper's units.
+        lean: store only ``exp_avg`` and ``exp_avg_sq``, AdamW's state. Else ``post_var`` is stored too, in units of sigma^2.
 
-    Raises: ValueError or TypeError that says what was given and what is allowed.
+    Raises:
+        ValueError: an option is out of its range. The message says what was given and what is allowed.
+        TypeError: an option is of a wrong type.
 
-    Source: as :class:`AdaBayes`; Eq. 20.
+    Examples:
+        >>> import torch, adabayes_fused
+        >>> model = torch.nn.Linear(784, 10)
+        >>> optimizer = adabayes_fused.AdaBayesFP(model.parameters(), lr=1e-3, sgd_lr=10, lean=True)
+
+    Source: as ``AdaBayes``, Eq. 20.
     """
 
     algorithm = ADABAYES_FP

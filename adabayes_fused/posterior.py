@@ -20,7 +20,7 @@ from .sharding import like, local, placed_like
 
 
 class Posterior(NamedTuple):
-    """Normal for each weight, each shaped like the parameter. ``mean`` is a view of the weights themselves."""
+    """A normal distribution for each weight. Both tensors are shaped like the parameter; ``mean`` is a view of its weights."""
 
     mean: Tensor
     variance: Tensor
@@ -29,17 +29,8 @@ class Posterior(NamedTuple):
 def posterior(optimizer: _FusedOptimizer, p: Tensor) -> Posterior:
     """What the optimizer believes of the optimal weights of ``p``: Eq. 15b after the last step.
 
-    Args:
-        optimizer: an :class:`AdaBayes` or :class:`AdaBayesFP`, which is left as it is.
-        p: one of its parameters.
-
-    Returns: ``mean``, the weights, detached: a view, which the next step moves (``.clone()`` keeps it). ``variance``,
-    sigma^2_post of the weight itself, a new tensor in the state's dtype: float32, or float64 for float64 parameters. Of a
-    complex parameter it is complex, as the state is: its real part is the variance of the weight's real part, its
-    imaginary part that of the imaginary part. Before a parameter's first step it is the prior's sigma^2 everywhere.
-    Of a DTensor both are DTensors, placed as it is.
-
-    The variance is that under the group's present ``lr``, ``r`` and ``batch_size``, which the next step would use:
+    Reading changes nothing and waits for no accelerator. The variance is that under the group's present ``lr``, ``r`` and
+    ``batch_size``, which the next step would use:
 
     - ``AdaBayes``: ``post_var``, in units of sigma^2 = lr r / batch_size, so that it follows a schedule at once; under
       ``variance_follows_lr=False`` the literal variance, which does not.
@@ -50,7 +41,27 @@ def posterior(optimizer: _FusedOptimizer, p: Tensor) -> Posterior:
       are no digits left, and from 37 on the reading is not finite.)
     - ``AdaBayesFP``, lean or not: Eq. 20 at <g^2>, with ``eps`` beside the root. Infinite where <g^2>, 1/sgd_lr and eps are 0.
 
-    Raises: TypeError for another optimizer; ValueError if ``p`` is none of its parameters, or its batch_size is unknown.
+    Args:
+        optimizer: an ``AdaBayes`` or ``AdaBayesFP``, which is left as it is.
+        p: one of its parameters.
+
+    Returns:
+        ``mean`` and ``variance``, each shaped like ``p``. ``mean`` is a detached view of the weights, which the next step moves.
+            ``variance``, sigma^2_post of the weight itself, is a new tensor in float32, or in float64 for float64 parameters. A
+            complex variance holds that of the real and that of the imaginary part. Before the first step it is the prior's
+            sigma^2. Of a DTensor both are DTensors, placed as it is.
+
+    Raises:
+        TypeError: the optimizer is another one.
+        ValueError: ``p`` is none of its parameters, or its batch size is unknown.
+
+    Examples:
+        >>> import torch, adabayes_fused
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = adabayes_fused.AdaBayes([weight], batch_size=64, sgd_lr=0.5)
+        >>> mean, variance = adabayes_fused.posterior(optimizer, weight)
+        >>> torch.allclose(variance, torch.full((3,), 0.5 / 64))
+        True
     """
     check_optimizer(optimizer)
     reading = Reading(optimizer, _group_of(optimizer, p), p)

@@ -21,14 +21,9 @@ from .sharding import is_sharded, local
 
 
 def release_gradients(model: torch.nn.Module, optimizer: _FusedOptimizer) -> ReleasedGradients:
-    """From now on ``backward()`` updates each parameter as soon as its gradient is there, and frees the gradient: there are
-    one or two at a time instead of all of them. Weights and state get the bits that ``step()`` would have given them::
+    """From now on ``backward()`` updates each parameter as soon as its gradient is there, and frees the gradient.
 
-        release_gradients(model, optimizer)
-        for images, labels in loader:
-            loss_of(model(images), labels).backward()  # updates
-            optimizer.step()  # nothing is left to do but for its hooks and the scheduler's count
-            scheduler.step()
+    The memory holds one or two gradients at a time instead of all. Weights and state get the bits of ``step()``.
 
     ``step()`` updates what still has a gradient: parameters outside of ``model``, frozen ones that now train, gradients
     set by hand. A loop may leave it out; then each ``backward()`` is a step. Options are read during ``backward()``: tell a
@@ -37,14 +32,27 @@ def release_gradients(model: torch.nn.Module, optimizer: _FusedOptimizer) -> Rel
 
     Args:
         model: whose parameters are to be updated so; what of it is frozen now is left to ``step()``.
-        optimizer: an :class:`AdaBayes` or :class:`AdaBayesFP`. Checkpoints and copies, of the model too, know nothing of this.
+        optimizer: an ``AdaBayes`` or ``AdaBayesFP``. Checkpoints and copies, of the model too, know nothing of this.
 
-    Returns: a handle; its ``remove()``, or leaving it as a context, restores the ordinary behaviour. It need not be kept: it
-    lasts as long as the optimizer.
+    Returns:
+        A handle. Its ``remove()``, or leaving it as a context, restores the ordinary behaviour. You need not keep it: it lasts
+            as long as the optimizer.
 
-    Raises: TypeError for another model or optimizer; ValueError where they have no parameter in common, or for what needs all
-    gradients at once: ``max_grad_norm``, ``skip_nonfinite``, DistributedDataParallel and the first FullyShardedDataParallel,
-    which reduce gradients only later; RuntimeError if the optimizer's gradients are released already.
+    Raises:
+        TypeError: the model or the optimizer is something else.
+        ValueError: they have no parameter in common, or an option or wrapper needs all gradients at once: ``max_grad_norm``,
+            ``skip_nonfinite``, DistributedDataParallel, FSDP1.
+        RuntimeError: the optimizer's gradients are released already.
+
+    Examples:
+        >>> import torch, adabayes_fused
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = adabayes_fused.AdaBayes(model.parameters(), batch_size=8)
+        >>> with adabayes_fused.release_gradients(model, optimizer):
+        ...     model(torch.ones(8, 4)).square().mean().backward()  # updates
+        ...     optimizer.step()  # for hooks and schedulers
+        >>> model.weight.grad is None
+        True
 
     What ``backward()`` cannot know makes the next ``step()`` raise a RuntimeError, after the harm: a torch.amp.GradScaler, whose
     scale the gradients carried; gradient accumulation, if ``step()`` is called (micro-batches were steps); a gradient that came
@@ -65,7 +73,7 @@ def release_gradients(model: torch.nn.Module, optimizer: _FusedOptimizer) -> Rel
 
 
 class ReleasedGradients:
-    """Gradients that are released, until :meth:`remove`. Also a context manager."""
+    """Gradients that are released, until ``remove()``. Also a context manager."""
 
     def __init__(self, model: torch.nn.Module, optimizer: _FusedOptimizer) -> None:
         self._optimizer = optimizer

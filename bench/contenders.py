@@ -76,13 +76,12 @@ OF_BFLOAT16 = [("bfloat16", "32bit"), ("8bit", "24bit"), ("8bit", "stochastic")]
 
 
 def ours(device: str, clipped: bool, dtype: torch.dtype) -> list[Contender]:
-    auto = backends.choose("auto", torch.device(device))
-    expected = backends.PREFERRED.get(device, ("foreach",))
+    first, *others = backends.PREFERRED.get(device, ("foreach",))  # what does not run is no contender by another's name
     storages = [(False, "float32", "nearest"), (True, "float32", "nearest"), *((True, *preset) for preset in PRESETS)]
     storages += [(True, *preset) for preset in OF_BFLOAT16 if dtype == torch.bfloat16]
     return [
-        _ours(b, fp, *storage, b != auto, MAX_GRAD_NORM if clipped else None)
-        for b in (auto, *(b for b in expected if b != auto))
+        _ours(b, fp, *storage, b != first, MAX_GRAD_NORM if clipped else None)
+        for b in (first, *others)
         for fp in (0, 1)
         for storage in storages
     ]

@@ -17,7 +17,7 @@ for needed in ("matplotlib", "psutil", "rich"):
     pytest.importorskip(needed)
 
 from bench import __main__ as main  # noqa: E402
-from bench import case, contenders, floor, kernels, memory, shapes, step, timing, tune, verdict  # noqa: E402
+from bench import case, contenders, floor, kernels, memory, overview, shapes, step, timing, tune, verdict  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(floor.shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -301,3 +301,23 @@ def test_trainings_are_made_once_and_more_are_added(tmp_path, capsys):
     assert [row["seed"] for row in found[1]] == [0] * 4 + [1] * 4
     assert len({row["test_loss"] for row in found[1]}) == 8
     assert "8bit" in (tmp_path / "table.txt").read_text()
+
+
+def test_the_overview_shows_what_was_measured():
+    """Every bar of the README's picture: AdamW's is 1, and a parameter takes the bytes of its weight, gradient and state."""
+    by_weights = {title: overview.bars(folders, overview.H200) for title, folders in overview.SHOWN.items()}
+    for (title, bars), weight in zip(by_weights.items(), (4, 2), strict=True):
+        relative = {bar.label: bar.relative for bar in bars}
+        each = {bar.label: bar.each for bar in bars}
+        assert relative["torch AdamW(fused=True)"] == 1, title
+        assert each["torch AdamW(fused=True)"] == 4 * weight
+    assert [round(bar.each, 2) for bar in by_weights["float32 weights"][1:4]] == [16, 12, 10]
+    assert [round(bar.each, 2) for bar in by_weights["bfloat16 weights"][1:4]] == [2 + 2 + 4 + 2, 2 + 2 + 2 + 1, 2 + 2 + 2]
+    texts = {text.get_text() for at in overview.picture().axes for text in at.texts}
+    assert {f"{bar.relative:.2f}" for bars in by_weights.values() for bar in bars} <= texts
+
+
+def test_the_overview_refuses_what_was_not_measured(monkeypatch):
+    monkeypatch.setitem(overview.SHOWN["float32 weights"]["low-precision"], "torch SGD", "SGD")
+    with pytest.raises(KeyError, match="torch SGD"):
+        overview.picture()

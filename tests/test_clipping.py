@@ -60,6 +60,24 @@ def test_clipping_gives_the_weights_of_clip_grad_norm(name, capturable, target):
     assert int(optimizer.skipped_steps) == 0
 
 
+@pytest.mark.parametrize("limit", [1e-6, 1e-3])
+@pytest.mark.parametrize("name", FUSED)
+def test_norms_around_the_epsilon_are_clipped_as_by_clip_grad_norm(name, limit, target):
+    """``max_norm / (norm + 1e-6)``: of a norm of 1e-6 the half is left, one a little below 1e-3 is clipped already."""
+    backend, device = target
+    for norm in (limit, limit * (1.0 - 1e-4), limit * 3.0):
+        params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=device)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.tensor([norm, 0.0, 0.0], dtype=torch.float64, device=device)
+        torch.nn.utils.clip_grad_norm_(params[1:], limit)
+        clipped = make(name, params[:1], backend, max_grad_norm=limit)
+        plain = make(name, params[1:], backend)
+        clipped.step()
+        plain.step()
+        averages = (optimizer.state[p]["exp_avg"] for optimizer, p in zip((clipped, plain), params, strict=True))
+        torch.testing.assert_close(*averages, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "foreach", "triton"])
 def test_the_norm_is_exact_for_any_dtype_and_size(backend):
     """In float64, one norm over dtypes, groups and layouts; squares of float16's and float32's largest do not overflow."""

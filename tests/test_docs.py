@@ -1,14 +1,20 @@
-"""The pages of docs/: the code of each runs as it is printed, in a folder of its own, and learns."""
+"""The documentation: its code runs as it is printed, its loops learn, its links hold, and no message is left out."""
 
+import ast
+import doctest
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+import adabayes_fused
 from adabayes_fused import AdaBayes
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -52,8 +58,19 @@ def run(page, code, folder, monkeypatch):
     return variables
 
 
-def test_no_page_is_left_out():
-    assert {page.name for page in DOCS.glob("*.md")} == NEEDS.keys()
+@pytest.mark.parametrize("page", ["../README.md", *sorted(page.name for page in DOCS.glob("*.md") if page.name not in NEEDS)])
+def test_the_code_runs(page, tmp_path, monkeypatch):
+    """A page's blocks one after the other; one that begins by saying that it needs a GPU is only compiled without one."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    if any("torch.compile" in block for block in blocks) and shutil.which("c++") is None:
+        pytest.skip(f"{page} compiles: needs a C++ compiler")
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    variables = {"__name__": page}
+    for block in blocks:
+        code = compile(block, page, "exec")
+        if torch.cuda.is_available() or not block.startswith("# on a GPU"):
+            exec(code, variables)
 
 
 @pytest.mark.parametrize("page", NEEDS)
@@ -110,3 +127,86 @@ def test_the_loop_goes_on_where_it_was_interrupted(page, tmp_path, monkeypatch):
     assert last["losses"][-20:] == whole["losses"][-20:]
     for p, q in zip(last["model"].parameters(), whole["model"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# --- What is written --------------------------------------------------------------------------------------------------
+
+PACKAGE = Path(adabayes_fused.__file__).parent
+
+
+def words_of(node):
+    """The fixed parts of a message, as the code puts it together."""
+    if isinstance(node, ast.JoinedStr):
+        return [part.value for part in node.values if isinstance(part, ast.Constant)]
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    return [words for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr) for words in words_of(part)]
+
+
+def messages():
+    """(place, fixed parts) of every error and warning with words of its own, and of every reason why a backend is not there."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            told = None
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                told = node.exc.args
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("warnings.warn"):
+                told = node.args[:1]
+            elif isinstance(node, ast.Return) and path.parent.name == "backends":
+                told = [node.value] if isinstance(node.value, ast.Constant | ast.JoinedStr) else None
+            parts = [words for argument in told or () for words in words_of(argument) if len(words.strip()) > 11]
+            if parts:
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", parts
+
+
+def test_every_message_is_explained():
+    """In the first column of a table, by words that stand in it."""
+    cells = re.findall(r"^\| (`.*?) \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    told = [words.strip() for code in re.findall(r"`([^`]+)`", " ".join(cells)) for words in code.split("…") if len(words) > 9]
+    found = list(messages())
+    assert len(found) > 50
+    missing = [(place, parts) for place, parts in found if not any(words in part for part in parts for words in told)]
+    assert not missing
+
+
+def sentences(page):
+    """Of the text, without code, tables and headings."""
+    text = re.sub(r"^```.*?^```$|<!--.*?-->", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in text.splitlines() if not re.match(r"\s*[|#]|!\[", line)]
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*[-*] )", "\n".join(lines))
+    for paragraph in paragraphs:
+        plain = re.sub(r"\]\([^)]*\)", "]", " ".join(paragraph.split()))
+        plain = re.sub(r"`[^`]*`", "code", plain)
+        yield from re.split(r"(?<=[.?!])(?:\*\*|\))?\s+", plain)
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_no_sentence_is_long(page):
+    long = [sentence for sentence in sentences(page) if len(sentence.split()) > 30]
+    assert not long
+
+
+def test_the_examples_of_the_docstrings():
+    """Everybody who is public has one, and it does as it says."""
+    finder, runner = doctest.DocTestFinder(recurse=True), doctest.DocTestRunner(verbose=False)
+    public = [getattr(adabayes_fused, name) for name in adabayes_fused.__all__ if name != "__version__"]
+    shared = adabayes_fused.AdaBayes.__mro__[1]
+    tests = {test.name: test for thing in (*public, shared) for test in finder.find(thing)}
+    for name in ("AdaBayes", "AdaBayesFP", "posterior", "diagnostics", "release_gradients"):
+        assert tests[name].examples, name
+    for name in ("step", "set_batch_size", "load_adam_state_dict"):
+        assert tests[f"{shared.__name__}.{name}"].examples, name
+    failed = [name for name, test in tests.items() if runner.run(test, out=lambda _: None).failed]
+    assert not failed
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    if importlib.util.find_spec("mkdocstrings") is None:
+        pytest.skip("needs MkDocs: pip install 'adabayes_fused[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr
+    built = {page.stem for page in (tmp_path / "site").glob("*.html")}
+    assert {page.stem for page in DOCS.glob("*.md")} <= built
+    assert "bench/site.py" not in "".join(page.read_text() for page in (tmp_path / "site").glob("*.html"))

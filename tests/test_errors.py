@@ -297,16 +297,16 @@ def test_gradients_that_do_not_fit():
         unchanged_by(AdaBayesFP([p]), TypeError, "allowed: both floating, or both complex")
 
 
-@pytest.mark.parametrize("wrong", ["lr", "step", "slot"])
+@pytest.mark.parametrize("wrong", ["lr", "step", "seed", "slot"])
 def test_a_bad_checkpoint_changes_nothing(wrong):
     p = parameter(5)
-    optimizer = AdaBayesFP([p])
+    optimizer = AdaBayesFP([p], state_dtype="bfloat16")
     optimizer.step()
     bad = copy.deepcopy(optimizer.state_dict())
     if wrong == "lr":
         bad["param_groups"][0]["lr"] = -1.0
     else:
-        bad["state"][0]["step" if wrong == "step" else "exp_avg"] = torch.zeros(2) if wrong == "step" else "nothing"
+        bad["state"][0]["exp_avg" if wrong == "slot" else wrong] = torch.zeros(2) if wrong == "step" else "nothing"
     state, group = copy.deepcopy(optimizer.state[p]), dict(optimizer.param_groups[0])
     with pytest.raises(ValueError, match="-1.0|must be"):
         optimizer.load_state_dict(bad)

@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import importlib.machinery
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -120,3 +123,43 @@ def test_the_optimizers_attributes_are_its_own():
                 if isinstance(target, ast.Attribute) and "optimizer" in ast.unparse(target.value).split("."):
                     written[name] = ast.unparse(target)
     assert not written
+
+
+def run_in_sources(tmp_path, *arguments, module=f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}", where="installed"):
+    """Runs Python in a folder of sources without a module, beside an installed copy. A file of the module's name lies in one."""
+    package = pathlib.Path(adabayes_fused.__file__).parent
+    for folder in ("sources", "installed"):
+        shutil.copytree(package, tmp_path / folder / package.name, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+    (tmp_path / where / package.name / module).touch()
+    paths = [str(tmp_path / "installed"), *(p for p in sys.path if p.endswith("-packages"))]
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],  # without the finders of editable installations
+        cwd=tmp_path / "sources",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_sources_in_the_way_of_the_installed_copy_are_said_once(tmp_path):
+    done = run_in_sources(tmp_path, "-c", TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Warning") == 1
+    ways_out = "Run Python from another folder", "pip install --no-deps -e ."
+    for told in ("no compiled kernels here", tmp_path / "sources", tmp_path / "installed", *ways_out):
+        assert str(told) in done.stderr
+    assert not run_in_sources(tmp_path / "filtered", "-W", "ignore::UserWarning", "-c", TRAIN).stderr
+
+
+def test_the_report_tells_of_sources_in_the_way(tmp_path):
+    done = run_in_sources(tmp_path, "-m", "adabayes_fused")
+    assert done.returncode == 1
+    line = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["cpp", "no"])
+    assert f"not the installed copy in {tmp_path / 'installed'}" in line
+
+
+def test_a_module_of_another_python_is_named(tmp_path):
+    done = run_in_sources(tmp_path, "-c", TRAIN, module="_native.cpython-399-none.so", where="sources")
+    assert done.stderr.count("Warning") == 1
+    assert "updated by the slow backend 'foreach'" in done.stderr
+    assert "there is _native.cpython-399-none.so, which this Python does not load" in done.stderr

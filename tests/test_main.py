@@ -18,9 +18,11 @@ def run(**environment):
 
 def test_report():
     done = run(TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stdout + done.stderr
     lines = {line.split()[0]: line for line in done.stdout.split("parameters on cuda")[0].splitlines() if line.startswith("  ")}
     assert set(lines) == {"cpp", "cuda", "triton", "foreach"}
+    compiled = lines["cpp"].split()[1] == "ok"
+    assert done.returncode == (0 if compiled else 1), done.stdout + done.stderr
+    assert ("No kernel runs here" in done.stdout) != compiled
     assert "ok" in lines["foreach"]
     assert "TRITON_INTERPRET=1" in lines["triton"]
     assert "backend='auto'" in lines["cuda"] or "nvcc" in lines["cuda"]

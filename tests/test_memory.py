@@ -318,12 +318,12 @@ def test_state_lies_where_the_part_does_and_not_where_the_mesh_is(name, lean, ba
     assert torch.equal(p._local_tensor, expected)
 
 
-@pytest.mark.parametrize("n", [3000, 30])  # the state of the small ones lies in a slab, here each in another
+@pytest.mark.parametrize("n", [5000, 30])  # the state of the small ones lies in a slab, here each in another
 @pytest.mark.parametrize("what", ["weights", "its gradient", "exp_avg"])
 @pytest.mark.parametrize("name", FUSED)
 def test_memory_that_was_freed_is_refused(name, what, n, target):
     backend, device = target
-    p, q = torch.nn.Parameter(torch.ones(3000, device=device)), torch.nn.Parameter(torch.ones(n, device=device))
+    p, q = torch.nn.Parameter(torch.ones(5000, device=device)), torch.nn.Parameter(torch.ones(n, device=device))
     optimizer = make(name, [p, q], backend)
     for t in (p, q):
         t.grad = torch.ones_like(t)

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from runs import FUSED
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from adabayes_fused import backends, stepper
+from adabayes_fused import backends, checkpoint, stepper
 
 STEPS = 30
 INTERRUPTED = sorted(random.Random(8).sample(range(1, STEPS), 10))
@@ -468,6 +468,34 @@ def test_nothing_is_written_before_all_is_checked(capturable, spoil):
     assert_same(run, before)
     assert [{**group, "params": None} for group in run.optimizer.param_groups] == groups
     assert all(group["lr"] is lr for group, lr in zip(run.optimizer.param_groups, objects, strict=True))
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_memory_that_runs_out_while_state_is_restored_changes_nothing(monkeypatch, tensor_lr):
+    """torch has then put the loaded groups and state in place already."""
+    run, saved = trained("AdaBayes", 4, tensor_lr=tensor_lr), trained("AdaBayes", 9, tensor_lr=tensor_lr)
+    optimizer, state = run.optimizer, copy.deepcopy(saved.optimizer.state_dict())
+    state["param_groups"][0].update(weight_decay=0.7, sgd_lr=0.3)
+    optimizer.param_groups[0]["sgd_lr"] = 0.2  # an edit that the next step takes up
+    before, groups, make, made = run.snapshot(), list(optimizer.param_groups), checkpoint.own_copy, []
+    options = [dict(group) for group in groups]
+
+    def own_copy(*arguments):
+        made.append(arguments)
+        if len(made) > 3:
+            raise MemoryError("no memory")
+        return make(*arguments)
+
+    monkeypatch.setattr(checkpoint, "own_copy", own_copy)
+    with pytest.raises(MemoryError):
+        optimizer.load_state_dict(state)
+    assert_same(run, before)
+    assert all(now is group for now, group in zip(optimizer.param_groups, groups, strict=True))
+    assert [dict(group) for group in groups] == options
+    monkeypatch.undo()
+    r = groups[0]["r"]
+    optimizer.step()
+    assert groups[0]["r"] != r
 
 
 def test_a_hook_that_fails_after_loading_leaves_what_was_loaded():

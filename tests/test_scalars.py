@@ -5,7 +5,9 @@ import types
 import pytest
 import torch
 
-from adabayes_fused import scalars
+from adabayes_fused import AdaBayes, AdaBayesFP, scalars
+from adabayes_fused.algorithms import corrected
+from adabayes_fused.clipping import norm_and_factor
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +75,24 @@ def test_scalars_stay_in_float32_where_there_is_no_other():
     found = scalars.scalars(group, lambda t: scalars.on(torch.device("cpu"), t, torch.float32))
     tensors = [value for value in (*found.values(), *found["betas"]) if isinstance(value, torch.Tensor)]
     assert [t.dtype for t in tensors] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("lr", [1e-2, 3e-3])
+@pytest.mark.parametrize("cls", [AdaBayes, AdaBayesFP])
+def test_tensors_give_the_bits_that_numbers_give(cls, lr):
+    """A host computes with numbers what a device, or a step that somebody watches, computes with tensors."""
+    group = cls([torch.nn.Parameter(torch.ones(1))], lr=lr, batch_size=37).param_groups[0]
+    algorithm = cls.algorithm
+    tensors = scalars.scalars(group, lambda x: torch.tensor(float(x), dtype=torch.float64))
+    steps = torch.arange(1, 200, dtype=torch.float64)
+    for numbers in (algorithm.numbers(scalars.scalars(group, float)), algorithm.numbers(tensors)):
+        found = corrected(numbers, steps)
+        for i, step in enumerate(steps.tolist()):
+            expected = corrected(algorithm.numbers(scalars.scalars(group, float)), int(step))
+            assert [float(x[i] if getattr(x, "ndim", 0) else x) for x in found] == expected
+
+
+def test_a_norm_that_is_a_tensor_gives_the_factor_of_a_number():
+    for norm in torch.arange(1, 200, dtype=torch.float64) / 16:
+        total = norm * norm  # whose root is exact
+        assert float(norm_and_factor(total, 1.0, 0.07)[1]) == norm_and_factor(float(total), 1.0, 0.07)[1]

@@ -27,6 +27,14 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen(x, dtype: tl.constexpr):
+    """To a wider ``dtype``, as GPUs convert; Triton's interpreter takes a subnormal bfloat16 for another number."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _pointer(row, word: tl.constexpr, dtype: tl.constexpr, begin, ALIGNED: tl.constexpr):
     pointer = tl.load(row + word).to(tl.pointer_type(dtype)) + begin
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
@@ -42,7 +50,7 @@ def _load_codes(pointer, offsets, left, FULL: tl.constexpr, EVICT: tl.constexpr)
 
 @triton.jit
 def _load(pointer, offsets, left, dtype: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
-    return _load_codes(pointer, offsets, left, FULL, EVICT).to(dtype)
+    return widen(_load_codes(pointer, offsets, left, FULL, EVICT), dtype)
 
 
 @triton.jit
@@ -73,7 +81,7 @@ def _load_state(
 ):
     if CODE == 2:
         second = _load_codes(pointers[1], i, left, FULL, EVICT)
-        slot1 = codes.decode_u8(second) if second.dtype == tl.uint8 else second.to(STATE)
+        slot1 = codes.decode_u8(second) if second.dtype == tl.uint8 else widen(second, STATE)
         slot0 = codes.decode_m8(_load_codes(pointers[0], i, left, FULL, EVICT), codes.scale(second, unit))
     else:
         slot0 = _load(pointers[0], i, left, STATE, FULL, EVICT)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from . import cpp, cuda, foreach, triton
+from . import cpp, cuda, foreach, native, triton
 from .launch import CANNOT_LOAD
 
 BACKENDS: dict[str, ModuleType] = {"cpp": cpp, "cuda": cuda, "triton": triton, "foreach": foreach}
@@ -56,6 +56,8 @@ def _preferred(device: torch.device) -> tuple[str, ...]:
 def warn_of_foreach(device: torch.device) -> None:
     """Says, once a device, why "auto" has come down to "foreach" there although there are kernels for such devices."""
     reasons = {b: BACKENDS[b].unavailable(device) for b in _preferred(device) if b != "foreach"}
+    if native.in_the_way:  # the import has said so
+        reasons = {b: reason for b, reason in reasons.items() if reason != native.missing}
     if reasons and choose("auto", device) == "foreach":
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         warnings.warn(f"parameters on {device} are updated by the slow backend 'foreach': no other runs. {why}", stacklevel=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..sharding import place_of
 from ..table import DTYPES, NUMBERS, ROW_WORDS
 from .launch import Launch
 
+_FOLDER = Path(__file__).parents[1]
 _REMEDY = (
     "install a C++ compiler (and nvcc for CUDA) and run 'pip install --force-reinstall --no-deps .' again, with -e if you work "
     "in the source folder, which Python imports before any installed copy"
@@ -26,13 +29,34 @@ def _load() -> tuple[Any, str]:
     try:  # not `from .. import`, whose error for a module that is not there speaks of circular imports
         found = importlib.import_module("adabayes_fused._native")
     except ImportError as error:
-        return None, f"the compiled extension is not there ({error}; looked in {Path(__file__).parents[1]}); {_REMEDY}"
+        return None, _why_missing(error)
     if (getattr(found, "ROW_WORDS", None), getattr(found, "NUMBERS", None)) != (ROW_WORDS, NUMBERS):
         return None, f"the compiled extension {found.__file__} was built from another version of the sources; {_REMEDY}"
     return found, ""
 
 
+def _why_missing(error: ImportError) -> str:
+    if copy := _copy_with_module():
+        return (
+            f"Python imported the sources in {_FOLDER}, which have no compiled extension, not the installed copy in {copy}, "
+            f"which has one. Run Python from another folder than {_FOLDER.parent}, or run 'pip install --no-deps -e .' there"
+        )
+    others = ", ".join(sorted(path.name for path in _FOLDER.glob("_native.*") if path.suffix in (".so", ".pyd")))
+    beside = f"; there is {others}, which this Python does not load" if others else ""
+    return f"the compiled extension is not there ({error}; looked in {_FOLDER}{beside}); {_REMEDY}"
+
+
+def _copy_with_module() -> Path | None:
+    """Where else on sys.path this package lies, with a module of this Python's."""
+    for entry in sys.path:
+        copy = Path(entry).resolve() / _FOLDER.name
+        if copy != _FOLDER.resolve() and any((copy / f"_native{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return copy
+    return None
+
+
 module, missing = _load()
+in_the_way = module is None and _copy_with_module() is not None  # of an installed copy, which whoever imports this means
 _plain_tensors = module and module.plain_tensors(plain.samples(), plain.PLAIN, plain.DEVICE_BITS, plain.is_plain)
 DLPACK_CPU = 1  # DLPack's device type, csrc/dlpack.h
 
