@@ -26,7 +26,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Puts what is made in place of the page's comment."""
-    made = {"changelog.md": changelog, "benchmarks.md": benchmarks, "paper.md": paper_table}.get(page.file.src_uri)
+    makers = {"changelog.md": changelog, "benchmarks.md": benchmarks, "paper.md": paper_table, "choosing.md": study_tables}
+    made = makers.get(page.file.src_uri)
     return re.sub(r"<!-- bench/site\.py .*? -->", lambda _: made(), markdown) if made else markdown
 
 
@@ -38,6 +39,12 @@ def paper_table() -> str:
     """The table and its notes, without headings."""
     text = (RESULTS / "paper-fashion-small" / "table.md").read_text().split("\n### ")[0]
     return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def study_tables() -> str:
+    """Of lr and sgd_lr, for each task, under headings of the page's third rank."""
+    text = (RESULTS / "sgd-lr" / "table.md").read_text().partition("\n## ")[2]
+    return "### " + text.replace("\n## ", "\n### ")
 
 
 def folders() -> list[Path]:

@@ -20,6 +20,7 @@ from adabayes_fused import AdaBayes
 DOCS = Path(__file__).parents[1] / "docs"
 NEEDS = {
     "accelerate.md": ("accelerate", "sklearn"),
+    "choosing.md": ("sklearn",),
     "huggingface.md": ("transformers", "accelerate", "sklearn"),
     "lightning.md": ("lightning", "sklearn"),
     "memory.md": ("sklearn",),
