@@ -226,6 +226,7 @@ LOSSES = {  # optimizer, sgd_lr: lr, and the test losses of seeds 0 and 1
     ("AdamW", None): {0.001: (0.5, 0.6), 0.01: (0.4, 0.5)},
     ("AdaBayes", "1"): {0.001: (0.41, 0.53), 0.01: (0.3, None)},
     ("AdaBayes", "10"): {0.001: (0.7, 0.7), 0.01: (0.6, 0.66)},
+    ("AdaBayes", "100"): {0.001: (None, None)},
     ("AdaBayes, fixed point", "10"): {0.001: (0.55, 0.59)},
     ("AdaBayes-FP", "inf"): {0.001: (0.5, 0.6), 0.01: (0.4, 0.5)},
 }
@@ -261,6 +262,7 @@ def test_the_table_s_figures(folder):
     assert tests["AdamW"] == ["0.5500", "**0.4500**", "-", "-", "2"]
     assert tests["AdaBayes, `sgd_lr=1`"] == ["**0.4700**", "diverged", "+0.0200 ± 0.0187", "15,625", "2"]
     assert tests["AdaBayes, `sgd_lr=10`"] == ["0.7000", "**0.6300**", "+0.1800 ± 0.0187", "1,562", "2"]
+    assert tests["AdaBayes, `sgd_lr=100`"] == ["**diverged**", "-", "-", "1,562,500", "-"]
     assert tests["AdaBayes, begun at the fixed point, `sgd_lr=10`"] == ["**0.5700**", "-", "+0.1200 ± 0.0187", "156,250", "2"]
     assert tests["AdaBayes-FP, `sgd_lr=inf`"] == ["0.5500", "**0.4500**", "+0.0000 ± 0.0187", "-", "2"]
     assert rows(text, "training loss")["AdaBayes, `sgd_lr=10`"] == ["0.3500", "**0.3150**"]
@@ -279,7 +281,8 @@ def test_the_picture_s_lines(folder):
         "Images, AdaBayes-FP\nbest: 0.450 at sgd_lr = inf, lr = 0.01; AdamW 0.450",
     ]
     first = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
-    assert first.keys() == {"sgd_lr = 1", "sgd_lr = 10", "AdamW"}
+    assert first.keys() == {"sgd_lr = 1", "sgd_lr = 10", "sgd_lr = 100", "AdamW"}
+    assert first["sgd_lr = 100"] == []
     assert first["sgd_lr = 1"] == [pytest.approx([0.001, 0.47])]  # the other diverged
     assert first["sgd_lr = 10"] == [pytest.approx([0.001, 0.7]), pytest.approx([0.01, 0.63])]
     for at in figure.axes:
@@ -302,6 +305,21 @@ def test_one_seed_has_no_standard_error(folder):
     sgd_lr_report.write(folder)
     found = rows((folder / "table.md").read_text(), "test loss")
     assert found["AdaBayes, `sgd_lr=10`"] == ["0.7000", "**0.6000**", "+0.2000", "1,562", "1"]
+
+
+def test_seeds_that_are_not_everywhere(folder):
+    """The losses are seed 0's, which every point has. The gaps are of all seeds there are; a single one has the
+    others' deviation, the root of (2 x 0.01^2 + 2 x 0.02^2) / 3."""
+    (folder / "runs" / "AdaBayes, fixed point-10-0.001-1.json").unlink()
+    sgd_lr_report.write(folder)
+    found = rows((folder / "table.md").read_text(), "test loss")
+    assert found["AdamW"] == ["0.5000", "**0.4000**", "-", "-", "2"]
+    assert found["AdaBayes, `sgd_lr=10`"] == ["0.7000", "**0.6000**", "+0.1800 ± 0.0129", "1,562", "2"]
+    assert found["AdaBayes, begun at the fixed point, `sgd_lr=10`"] == ["**0.5500**", "-", "+0.1500 ± 0.0183", "156,250", "1"]
+    assert "the seeds that every point has (0)" in (folder / "table.md").read_text()
+    (folder / "runs" / "AdamW-None-0.001-0.json").unlink()
+    with pytest.raises(BrokenRun, match="no seed of image was trained at every point"):
+        sgd_lr_report.write(folder)
 
 
 def test_report_makes_both_anew(folder):

@@ -148,8 +148,8 @@ def begin_at_fixed_point(optimizer: Optimizer) -> None:
     """Gives AdaBayes, before its first step, the variances that steady gradients of the present one's square would lead to
     (Eq. 20, and a drift). The averages begin at 0, as ever."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    adam = Adam(params, lr=0.0, betas=optimizer.param_groups[0]["betas"])
-    adam.step()  # after one step its mean square is the gradient's square
+    adam = Adam(params, lr=0.0)
+    adam.step()  # after one step its mean square, corrected for its beginning, is the gradient's square
     optimizer.load_adam_state_dict(adam.state_dict())
     for state in optimizer.state.values():
         for name in ("step", "exp_avg", "exp_avg_sq"):

@@ -32,10 +32,6 @@ class Point(NamedTuple):
     test_loss: dict[int, float]
     train_loss: dict[int, float]
 
-    def mean(self, measure: str = "test_loss") -> float:
-        losses = getattr(self, measure)
-        return math.fsum(losses.values()) / len(losses)
-
     def beyond(self, other: Point) -> list[float]:
         """The test losses less the other's, of the seeds that both have and that have numbers."""
         gaps = [self.test_loss[seed] - other.test_loss[seed] for seed in sorted(self.test_loss.keys() & other.test_loss.keys())]
@@ -61,23 +57,34 @@ class Grid(NamedTuple):
     def lrs(self) -> list[float]:
         return sorted({lr for points in self.points.values() for lr in points})
 
+    @property
+    def seeds(self) -> list[int]:
+        """Those of every point: over others, a mean would be of other weights and batches."""
+        every = [point.test_loss.keys() for points in self.points.values() for point in points.values()]
+        return sorted(set.intersection(*map(set, every)))
+
+    def mean(self, curve: Curve, lr: float, measure: str = "test_loss") -> float:
+        return math.fsum(getattr(self.points[curve][lr], measure)[seed] for seed in self.seeds) / len(self.seeds)
+
     def best(self, curve: Curve) -> float:
-        """The lr of the lowest mean test loss, among those with the most seeds."""
-        points = self.points[curve]
-        most = max(len(point.test_loss) for point in points.values())
-        return min((lr for lr, point in points.items() if len(point.test_loss) == most), key=lambda lr: points[lr].mean())
+        """The lr of the lowest mean test loss."""
+        return min(self.points[curve], key=lambda lr: self.mean(curve, lr))
 
     def gaps(self, curve: Curve, other: Curve = ADAMW) -> list[float]:
-        """Test losses of the curve's best lr less those of the other's, seed by seed; empty where one is not there."""
+        """Test losses of the curve's best lr less those of the other's, for all seeds of both; empty where one is not there."""
         if not {curve, other} <= self.points.keys():
             return []
         one, two = (self.points[each][self.best(each)] for each in (curve, other))
         return one.beyond(two)
 
     def deviation(self) -> float:
-        """Of the gap to AdamW between seeds, pooled over all curves; no number where all have one seed."""
-        gaps = [np.array(self.gaps(curve)) for curve in self.curves if curve != ADAMW]
-        pooled = pooled_variance(Sample(each, each) for each in gaps)
+        """Between seeds, of a gap to AdamW's best: pooled over the curves, each at its best lr of those with several seeds."""
+        samples = []
+        for curve in self.curves if ADAMW in self.points else ():
+            adamw = self.points[ADAMW][self.best(ADAMW)]
+            several = [np.array(gaps) for point in self.points[curve].values() if len(gaps := point.beyond(adamw)) > 1]
+            samples += [min(several, key=np.mean)] if several and curve != ADAMW else []
+        pooled = pooled_variance(Sample(gaps, gaps) for gaps in samples)
         return math.nan if pooled is None else math.sqrt(pooled)
 
     def shown_gap(self, curve: Curve, other: Curve = ADAMW) -> str:
@@ -102,6 +109,9 @@ def read(folder: Path) -> list[Grid]:
         point = grid.points.setdefault(curve, {}).setdefault(run["lr"], Point({}, {}))
         for name in ("test_loss", "train_loss"):
             getattr(point, name)[run["seed"]] = math.inf if run[name] is None else run[name]
+    for task, grid in grids.items():
+        if not grid.seeds:
+            raise BrokenRun(f"{folder}: no seed of {task} was trained at every point: the same command, not stopped, trains them")
     return [grids[task] for task in sorted(grids)]
 
 
@@ -159,31 +169,32 @@ def _losses(grid: Grid, curve: Curve, measure: str) -> list[str]:
     """At each lr, the mean over seeds; the one with the best test loss is bold."""
     cells = []
     for lr in grid.lrs:
-        loss = grid.points[curve][lr].mean(measure) if lr in grid.points[curve] else None
+        loss = grid.mean(curve, lr, measure) if lr in grid.points[curve] else None
         cell = "-" if loss is None else f"{loss:.4f}" if math.isfinite(loss) else "diverged"
         cells.append(f"**{cell}**" if lr == grid.best(curve) else cell)
     return cells
 
 
 def _memory_and_seeds(grid: Grid, curve: Curve) -> list[str]:
-    """The steps that AdaBayes' filter remembers at the best lr, 1 / kappa, and the seeds there."""
+    """The steps that AdaBayes' filter remembers at the best lr, 1 / kappa, and the seeds of the gap there."""
     (optimizer, sgd_lr), lr = curve, grid.best(curve)
     memory = 1000 if optimizer == MEMORY else (sgd_lr or 0) / (lr**2 * grid.first["examples"])
     shown = f"{memory:,.1f}" if memory < 10 else f"{memory:,.0f}"
-    return [shown if original(optimizer) == ADABAYES else "-", str(len(grid.points[curve][lr].test_loss))]
+    return [shown if original(optimizer) == ADABAYES else "-", str(len(grid.gaps(curve)) or "-")]
 
 
 def notes(grid: Grid) -> list[str]:
     run, options = grid.first, grid.first["options"]
     exact = any(lr**2 * run["examples"] > sgd_lr for name, sgd_lr in grid.curves if name == ADABAYES for lr in grid.lrs)
     return [
-        f"Means over seeds of the final losses; the best `lr` of each row is bold. {run['parameters']:,} parameters, "
+        f"Final losses, means over the seeds that every point has ({', '.join(map(str, grid.seeds))}); the best `lr` of each row "
+        f"is bold. {run['parameters']:,} parameters, "
         f"{run['steps']:,} steps, `batch_size={run['examples']}`, `weight_decay={options['weight_decay']}`, "
         f"`betas={tuple(options['betas'])}`; `lr` rises for a twentieth of the steps and falls to a tenth as a cosine does. "
         "The training loss is that of the last tenth of the steps.",
-        "± is the standard error of a mean difference between runs of the same seed, which begin with the same weights and see "
-        f"the same batches. Its deviation between seeds, {grid.deviation():.4f}, is pooled over all rows. "
-        "What another test set would change is not in it.",
+        "The gap to AdamW's best is a mean over all seeds of both (their number is in the last column). Runs of the same seed "
+        "begin with the same weights and see the same batches. ± is its standard error: the deviation between seeds, pooled over "
+        f"all rows with several, is {grid.deviation():.4f}. What another test set would change is not in it.",
         *(
             f"{name_of(curve)}, beside AdaBayes with this `sgd_lr`, each at its best `lr`: {gap}."
             for curve in grid.curves
@@ -224,10 +235,10 @@ def draw(grids: list[Grid], optimizers: Iterable[str]) -> Figure | None:
 def _panel(at: Axes, grid: Grid, optimizer: str) -> None:
     for curve in [curve for curve in grid.curves if curve[0] == optimizer and curve != ADAMW]:
         style = dict(color=COLOURS[curve[1]], marker=MARKERS[curve[1]], label=f"sgd_lr = {curve[1]:g}")
-        _line(at, grid.points[curve], linewidth=1.8, markersize=5, **style)
+        _line(at, grid, curve, linewidth=1.8, markersize=5, **style)
     if ADAMW in grid.points:
-        _line(at, grid.points[ADAMW], color="black", linestyle=(0, (4, 2)), marker="D", markersize=4, label="AdamW", zorder=4)
-    low = min(point.mean() for points in grid.points.values() for point in points.values())
+        _line(at, grid, ADAMW, color="black", linestyle=(0, (4, 2)), marker="D", markersize=4, label="AdamW", zorder=4)
+    low = min(grid.mean(curve, lr) for curve in grid.curves for lr in grid.points[curve])
     at.set(xscale="log", xlabel="lr", xlim=(grid.lrs[0] / 1.25, grid.lrs[-1] * 1.25))
     if math.isfinite(low):
         at.set_ylim(0.97 * low, 1.5 * low)  # far beyond, nobody has to tell the lines apart
@@ -241,25 +252,20 @@ def _panel(at: Axes, grid: Grid, optimizer: str) -> None:
     at.spines[["top", "right"]].set_visible(False)
 
 
-def _line(at: Axes, points: dict[float, Point], **style: Any) -> None:
+def _line(at: Axes, grid: Grid, curve: Curve, **style: Any) -> None:
     """Means over seeds, and a bar from the lowest to the highest; diverged points are left out."""
-    lrs = sorted(lr for lr in points if math.isfinite(points[lr].mean()))
-    at.plot(lrs, [points[lr].mean() for lr in lrs], **style)
-    low, high = ([edge(points[lr].test_loss.values()) for lr in lrs] for edge in (min, max))
-    at.vlines(lrs, low, high, color=style["color"], linewidth=1)
+    lrs = sorted(lr for lr in grid.points[curve] if math.isfinite(grid.mean(curve, lr)))
+    at.plot(lrs, [grid.mean(curve, lr) for lr in lrs], **style)
+    losses = [[grid.points[curve][lr].test_loss[seed] for seed in grid.seeds] for lr in lrs]
+    at.vlines(lrs, [min(some) for some in losses], [max(some) for some in losses], color=style["color"], linewidth=1)
 
 
 def message(grid: Grid, optimizer: str) -> str:
     """The optimizer's sgd_lr and lr of the lowest loss, beside AdamW's lowest."""
     heading = f"{grid.title}, {HEADINGS.get(optimizer, optimizer)}"
-    lowest = [
-        (grid.points[curve][lr].mean(), curve[1], lr)
-        for curve in grid.curves
-        if curve[0] == optimizer
-        for lr in [grid.best(curve)]
-    ]
-    if not lowest or not math.isfinite(min(lowest)[0]):
+    curves = [curve for curve in grid.curves if curve[0] == optimizer]
+    best = min(curves, key=lambda curve: grid.mean(curve, grid.best(curve)), default=ADAMW)
+    if best == ADAMW or not math.isfinite(loss := grid.mean(best, grid.best(best))):
         return heading
-    loss, sgd_lr, lr = min(lowest)
-    adamw = f"; AdamW {grid.points[ADAMW][grid.best(ADAMW)].mean():.3f}" if ADAMW in grid.points else ""
-    return f"{heading}\nbest: {loss:.3f} at sgd_lr = {sgd_lr:g}, lr = {lr:g}{adamw}"
+    adamw = f"; AdamW {grid.mean(ADAMW, grid.best(ADAMW)):.3f}" if ADAMW in grid.points else ""
+    return f"{heading}\nbest: {loss:.3f} at sgd_lr = {best[1]:g}, lr = {grid.best(best):g}{adamw}"
