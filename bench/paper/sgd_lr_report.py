@@ -77,10 +77,14 @@ class Grid(NamedTuple):
         one, two = (self.points[each][self.best(each)] for each in (curve, other))
         return one.beyond(two)
 
+    def near(self, curve: Curve) -> bool:
+        """Whether its best loss is within a fifth of AdamW's: far from it, seeds differ by more."""
+        return ADAMW in self.points and self.mean(curve, self.best(curve)) <= 1.2 * self.mean(ADAMW, self.best(ADAMW))
+
     def deviation(self) -> float:
-        """Between seeds, of a gap to AdamW's best: pooled over the curves, each at its best lr of those with several seeds."""
+        """Between seeds, of a gap to AdamW's best: pooled over the curves near it, each at its best lr with several seeds."""
         samples = []
-        for curve in self.curves if ADAMW in self.points else ():
+        for curve in filter(self.near, self.curves):
             adamw = self.points[ADAMW][self.best(ADAMW)]
             several = [np.array(gaps) for point in self.points[curve].values() if len(gaps := point.beyond(adamw)) > 1]
             samples += [min(several, key=np.mean)] if several and curve != ADAMW else []
@@ -88,10 +92,10 @@ class Grid(NamedTuple):
         return math.nan if pooled is None else math.sqrt(pooled)
 
     def shown_gap(self, curve: Curve, other: Curve = ADAMW) -> str:
-        """Their mean and its standard error; a dash where there are none."""
+        """Their mean and, near AdamW's best, its standard error; a dash where there are none."""
         if not (gaps := self.gaps(curve, other)) or curve == other:
             return "-"
-        error = self.deviation() / math.sqrt(len(gaps))
+        error = self.deviation() / math.sqrt(len(gaps)) if self.near(curve) and self.near(other) else math.nan
         return f"{math.fsum(gaps) / len(gaps):+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
 
 
@@ -194,7 +198,7 @@ def notes(grid: Grid) -> list[str]:
         "The training loss is that of the last tenth of the steps.",
         "The gap to AdamW's best is a mean over all seeds of both (their number is in the last column). Runs of the same seed "
         "begin with the same weights and see the same batches. ± is its standard error: the deviation between seeds, pooled over "
-        f"all rows with several, is {grid.deviation():.4f}. What another test set would change is not in it.",
+        f"the rows within a fifth of AdamW's best loss, is {grid.deviation():.4f}. It holds nothing of another test set.",
         *(
             f"{name_of(curve)}, beside AdaBayes with this `sgd_lr`, each at its best `lr`: {gap}."
             for curve in grid.curves
