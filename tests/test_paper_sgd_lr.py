@@ -363,3 +363,13 @@ def test_runs_that_are_not_alike_are_refused(folder, changes, message):
 def test_an_empty_folder_is_told(tmp_path):
     with pytest.raises(BrokenRun, match="there are no runs in"):
         sgd_lr_report.read(tmp_path)
+
+
+def test_the_documentation_shows_what_is_committed(tmp_path):
+    """The picture, byte for byte; the tables follow from the committed runs."""
+    results = HERE / "bench" / "results" / "sgd-lr"
+    if not results.exists():
+        pytest.skip("needs the source tree")
+    assert (HERE / "docs" / "images" / "sgd-lr.png").read_bytes() == (results / "loss.png").read_bytes()
+    grids = sgd_lr_report.read(results)
+    assert "\n".join(map(sgd_lr_report.markdown, grids)) in (results / "table.md").read_text()
