@@ -24,11 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from adabayes_fused import AdaBayes, AdaBayesFP, codes
 
 from . import machine
+from .paper import data
+from .trainings import Images, Text, fit
 
 # --- Stationary: gradients of one kind for five times the filter's memory ------------------------------------------------
 
@@ -175,78 +176,12 @@ class Stored:
             p.copy_(q)
 
 
-class Characters(nn.Module):
-    def __init__(self, vocabulary: int, length: int, width: int = 64, depth: int = 2) -> None:
-        super().__init__()
-        self.characters, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        layer = functools.partial(nn.TransformerEncoderLayer, width, 2, 4 * width, 0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.ModuleList(layer() for _ in range(depth))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.characters(ids) + self.positions.weight
-        for block in self.blocks:
-            x = block(x, src_mask=self.mask, is_causal=True)
-        return self.head(x).flatten(0, 1)
-
-
-class Text:
-    """Windows of 64 characters, 16 a batch; the last tenth of the text is for testing."""
-
-    length, batch = 64, 16
-
-    def __init__(self, path: Path) -> None:
-        used, ids = torch.tensor(list(path.read_bytes())).unique(return_inverse=True)
-        self.vocabulary, cut = len(used), len(ids) * 9 // 10
-        self.train, self.test = ids[:cut], ids[cut:]
-        self.examples = self.batch * self.length  # characters, of which the loss is the mean
-
-    def model(self) -> nn.Module:
-        return Characters(self.vocabulary, self.length)
-
-    def _windows(self, ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        windows = ids[starts[:, None] + torch.arange(self.length + 1)]
-        return windows[:, :-1], windows[:, 1:].flatten()
-
-    def some(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return self._windows(self.train, torch.randint(len(self.train) - self.length, (self.batch,), generator=generator))
-
-    def all_tests(self) -> list[tuple[Tensor, Tensor]]:
-        starts = torch.arange(0, len(self.test) - self.length, self.length)
-        return [self._windows(self.test, part) for part in starts.split(128)]
-
-
-class Fashion:
-    """Batches of 64 images."""
-
-    examples = 64
-
-    def __init__(self, folder: Path) -> None:
-        from .paper import data
-
-        self.data = data.load("fashion", folder)
-        self.test = self.data.normalized(self.data.test_x)
-
-    def model(self) -> nn.Module:
-        from .paper import networks
-
-        return networks.make("small", 1, 10)
-
-    def some(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(self.data.train_y), (self.examples,), generator=generator)
-        return self.data.normalized(self.data.train_x[rows]), self.data.train_y[rows]
-
-    def all_tests(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.test.split(1000), self.data.test_y.split(1000), strict=True))
-
-
 def train(task: str, where: Path, algorithm: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
     """One training; lr rises for a twentieth of its steps and falls to a tenth as a cosine does. The filter's memory, 1 / kappa,
     is a quarter of the steps."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    source = {"text": Text, "fashion": Fashion}[task](where)
+    source = Text(where.read_bytes()) if task == "text" else Images(data.load("fashion", where))
     model, generator = source.model(), torch.Generator().manual_seed(seed)
     if arm.endswith("off"):
         for p in model.parameters():
@@ -257,27 +192,9 @@ def train(task: str, where: Path, algorithm: str, arm: str, seed: int, steps: in
     sgd_lr = lr * lr * source.examples * steps / 4
     batch = dict(batch_size=source.examples) if kind is AdaBayes else {}
     optimizer = kind(stored.kept, lr=lr, sgd_lr=sgd_lr, weight_decay=0.02, lean=True, seed=seed, **batch, **options)
-    warmup = steps // 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min(t / warmup, 0.55 + 0.45 * math.cos(math.pi * t / steps))
-    )
-    losses = []
-    for _ in range(steps):
-        x, y = source.some(generator)
-        model.zero_grad()
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        stored.step(optimizer)
-        schedule.step()
-        losses.append(loss.detach())
-    model.eval()
-    with torch.no_grad():
-        tests = [(float(cross_entropy(model(x), y, reduction="sum")), len(y)) for x, y in source.all_tests()]
-    test_loss = sum(total for total, _ in tests) / sum(n for _, n in tests)
-    train_loss = float(torch.stack(losses[-steps // 10 :]).mean())
-    return dict(
-        task=task, algorithm=algorithm, arm=arm, seed=seed, steps=steps, sgd_lr=sgd_lr, train_loss=train_loss, test_loss=test_loss
-    )
+    found = fit(source, model, optimizer, functools.partial(stored.step, optimizer), steps, generator)
+    figures = dict(sgd_lr=sgd_lr, train_loss=found.train_loss, test_loss=found.test_loss)
+    return dict(task=task, algorithm=algorithm, arm=arm, seed=seed, steps=steps, **figures)
 
 
 def train_all(options: argparse.Namespace) -> Table:

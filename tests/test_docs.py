@@ -26,6 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))]
 NEEDS = {
     "accelerate.md": ("accelerate", "sklearn"),
+    "choosing.md": ("sklearn",),
     "huggingface.md": ("transformers", "accelerate", "sklearn"),
     "lightning.md": ("lightning", "sklearn"),
     "memory.md": ("sklearn",),

@@ -5,8 +5,10 @@
     python -m bench.paper cifar10 --folder cifar-10-batches-bin    ResNet-34, on a GPU
     python -m bench.paper report FOLDER                            tables and pictures again, from the JSON alone
     python -m bench.paper theory                                   Section 2 and Appendix C, from numbers
+    python -m bench.paper sgd_lr --jobs 2                          an hour: which lr and sgd_lr train well, beside AdamW
 
-Killed at any moment, the same command goes on. What it trains: every row of Table 1, unless --optimizers names some.
+Killed at any moment, the same command goes on. What the data's commands train: every row of Table 1, unless --optimizers
+names some.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -25,7 +28,7 @@ from rich.markup import escape
 
 from bench import machine
 
-from . import data, networks, runs
+from . import data, networks, runs, sgd_lr
 from .jobs import Plan, claimed, measure_gradients, run_all
 from .optimizers import OPTIMIZERS, ORDER, TABLE1, VARIANTS
 from .train import Job, WrongRun
@@ -55,9 +58,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands.add_parser("theory", help="Section 2 and Appendix C").add_argument(
         "--output", type=Path, default=RUNS / "paper-theory", metavar="FOLDER"
     )
+    add_study(commands.add_parser("sgd_lr", help="a grid of lr and sgd_lr on images and on text, beside AdamW"))
     options = parser.parse_args(argv)
     if options.command in data.NAMES:
         complete(options, parser.error)
+    if options.command == "sgd_lr":
+        above_0(options, parser.error, "steps", "jobs")
     return options
 
 
@@ -96,10 +102,28 @@ def add_training(parser: argparse.ArgumentParser, key: str) -> None:
     add("--output", type=Path, help="folder; runs/paper-DATA-NETWORK, if not given")
 
 
-def complete(options: argparse.Namespace, error) -> None:
-    for name in ("epochs", "jobs", "images", "drop"):
+def add_study(parser: argparse.ArgumentParser) -> None:
+    found = "fashion" if data.DEBIAN.is_dir() else "digits"
+    add = parser.add_argument
+    add("--data", choices=("fashion", "digits"), default=found, help=f"the images; {found}, if not given")
+    add("--folder", type=Path, help=f"of fashion: {data.WHERE['fashion']}")
+    add("--tasks", nargs="+", choices=sgd_lr.TASKS, default=list(sgd_lr.TASKS), metavar="TASK", help="image text, if not given")
+    add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="0 1, if not given")
+    add("--lr", nargs="+", type=float, choices=sgd_lr.LRS, default=list(sgd_lr.LRS), metavar="LR", help=f"of {sgd_lr.LRS}; all")
+    steps = ", ".join(f"{steps} for {task}" for task, steps in sgd_lr.TASKS.items())
+    add("--steps", type=int, help=f"of each run; {steps}, if not given")
+    add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads; 1, if not given")
+    add("--output", type=Path, default=RUNS / "sgd-lr", metavar="FOLDER", help="runs/sgd-lr, if not given")
+
+
+def above_0(options: argparse.Namespace, error: Callable[[str], NoReturn], *names: str) -> None:
+    for name in names:
         if (value := getattr(options, name)) is not None and value < 1:
             error(f"--{name} {value} is not above 0")
+
+
+def complete(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    above_0(options, error, "epochs", "jobs", "images", "drop")
     if not 0 < options.width <= 4:
         error(f"--width {options.width} is not in (0, 4]")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -144,8 +168,22 @@ def reproduce(options: argparse.Namespace, console: Console) -> list[Path]:
         return report(options, console)
 
 
+def study(options: argparse.Namespace, console: Console) -> list[Path]:
+    from . import sgd_lr_report
+
+    jobs = sgd_lr.jobs(options.tasks, options.seeds, options.steps, options.lr)
+    plan = sgd_lr.Study(options.data, options.folder, options.output, machine.about("cpu", "bench.paper"), jobs)
+    plan.prepare()  # here too, so that what is wrong with it is told before a process is started
+    with claimed(plan.output):
+        run_all(plan, min(options.jobs, len(jobs)), console)
+        return sgd_lr_report.write(options.output)
+
+
 def report(options: argparse.Namespace, console: Console) -> list[Path]:
-    from . import gradients, pictures, report
+    from . import gradients, pictures, report, sgd_lr_report
+
+    if sgd_lr_report.holds(options.output):
+        return sgd_lr_report.write(options.output)
 
     report.show(options.output, console)
     written = report.write(options.output) + pictures.draw(options.output)
@@ -158,7 +196,7 @@ def theory(options: argparse.Namespace, console: Console) -> list[Path]:
     return theory.write(options.output)
 
 
-COMMANDS = {"report": report, "theory": theory}
+COMMANDS = {"report": report, "theory": theory, "sgd_lr": study}
 
 
 def main(argv: list[str] | None = None) -> int:

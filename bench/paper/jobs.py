@@ -12,14 +12,33 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import data
-from .train import Job, Run, WrongRun, checkpoint_of, train, write
+from .train import Job, Run, Tell, WrongRun, checkpoint_of, train, write
+
+
+class Work(Protocol):
+    """Runs to be made, each job with a ``name``."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+    @property
+    def jobs(self) -> list[Any]: ...
+
+    def prepare(self) -> Any:
+        """What the runs share, made once in each process."""
+
+    def train(self, job: Any, shared: Any, about: dict[str, Any], tell: Tell) -> None:
+        """Brings the run to its end, if it is not there."""
 
 
 class Plan(NamedTuple):
@@ -46,6 +65,12 @@ class Plan(NamedTuple):
             )  # fmt: skip
         return found.to(torch.device(self.device))
 
+    def prepare(self) -> data.Augmented:
+        return data.Augmented(self.load())
+
+    def train(self, job: Job, shared: data.Augmented, about: dict[str, Any], tell: Tell) -> None:
+        train(job, shared, self.output, about, tell, self.save_every, keep=job == self.measured)
+
 
 def spread(n: int, at_most: int) -> torch.Tensor:
     """Indices of so many of n, evenly spaced: the files may be in the order of their labels."""
@@ -53,7 +78,7 @@ def spread(n: int, at_most: int) -> torch.Tensor:
     return torch.arange(kept) * n // kept
 
 
-def run_all(plan: Plan, at_once: int, console: Console) -> None:
+def run_all(plan: Work, at_once: int, console: Console) -> None:
     """Raises: WrongRun, or what else a run ended with; the others of its turn are ended too, and go on at the next call."""
     with Progress(*COLUMNS, console=console) as progress:
         whole = progress.add_task("all runs", total=len(plan.jobs), says="")
@@ -101,7 +126,7 @@ ENDED = 2.0
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[says]}"))
 
 
-def told(plan: Plan, at_once: int) -> Iterator[tuple[str, float, str]]:
+def told(plan: Work, at_once: int) -> Iterator[tuple[str, float, str]]:
     """(run, how much of it is done, what it says) as it comes, ENDED for how much at the last."""
     context = multiprocessing.get_context("spawn")
     messages, threads = context.Queue(), max(1, torch.get_num_threads() // at_once)
@@ -124,18 +149,18 @@ def told(plan: Plan, at_once: int) -> Iterator[tuple[str, float, str]]:
 # --- In the processes -------------------------------------------------------------------------------------------------
 
 _tell: Callable[[tuple[str, float, str]], None]
-_plan: Plan
-_images: data.Augmented
+_plan: Work
+_shared: Any
 
 
-def _prepare(plan: Plan, threads: int, messages: Any) -> None:
-    global _plan, _images, _tell
+def _prepare(plan: Work, threads: int, messages: Any) -> None:
+    global _plan, _shared, _tell
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     messages.cancel_join_thread()  # what nobody reads any more keeps no process
     torch.backends.cudnn.benchmark = True
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # the first steps are eager
-    _plan, _images, _tell = plan, data.Augmented(plan.load()), messages.put
+    _plan, _shared, _tell = plan, plan.prepare(), messages.put
 
 
 def _end_with_parent() -> None:
@@ -145,7 +170,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train(job: Job) -> str:
+def _train(job: Any) -> str:
     """Returns the last that it said."""
     last = ""
 
@@ -154,8 +179,7 @@ def _train(job: Job) -> str:
         last = says or last
         _tell((job.name, part, says))
 
-    about = _plan.about | {"threads": torch.get_num_threads()}
-    train(job, _images, _plan.output, about, tell, _plan.save_every, keep=job == _plan.measured)
+    _plan.train(job, _shared, _plan.about | {"threads": torch.get_num_threads()}, tell)
     return last
 
 

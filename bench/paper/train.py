@@ -214,10 +214,10 @@ def train(
     """
     written, checkpoint = folder / "runs" / f"{job.name}.json", checkpoint_of(job, folder)
     run, saved = Run(job, images, about), monotonic()
-    complete = written.exists() and check_same(written, json.loads(written.read_text()), run.record) == job.epochs
+    complete = written.exists() and len(same(written, json.loads(written.read_text()), run.record)["epochs"]) == job.epochs
     if checkpoint.exists() and not complete:
         state = torch.load(checkpoint, map_location=run.device, weights_only=True)
-        check_same(checkpoint, json.loads(state["record"]), run.record)
+        same(checkpoint, json.loads(state["record"]), run.record)
         run.load(state, about)
         write(written, run.record)  # it may have been killed between the two
     with on_a_stream(run):
@@ -243,8 +243,8 @@ def checkpoint_of(job: Job, folder: Path) -> Path:
     return folder / "checkpoints" / f"{job.name}.pt"
 
 
-def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> int:
-    """How many epochs the run that is there has."""
+def same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """The run that is there. Raises: WrongRun where it is one of other settings."""
     expected = json.loads(json.dumps(expected))
     other = [
         f"{k} was {found.get(k)}, now {expected[k]}"
@@ -253,7 +253,7 @@ def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> i
     ]
     if other:
         raise WrongRun(f"{path} is of a run of other settings ({'; '.join(other)}): give those, or another --output")
-    return len(found["epochs"])
+    return found
 
 
 @contextmanager

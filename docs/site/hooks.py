@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 TABLES = "<!-- tables of bench/results -->"  # stands in benchmarks.md where they go
+STUDY = "<!-- tables of bench/results/sgd-lr -->"  # in choosing.md
 PICTURES = ("cpu-2-cores/step.png", "paper-fashion-small/figure3.png", "paper-fashion-small/figure4.png")
 
 
@@ -28,7 +29,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(TABLES, benchmarks(RESULTS)) if TABLES in markdown else markdown
+    for mark, tables in ((TABLES, benchmarks), (STUDY, study)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, tables(RESULTS))
+    return markdown
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -49,6 +53,12 @@ def _breakable(cell: re.Match[str]) -> str:
         return re.sub(r"([_/(.])", r"\1<wbr>", match[0])
 
     return re.sub(r"(?<=<code>)[^<]*(?=</code>)", code, cell[0])
+
+
+def study(results: Path) -> str:
+    """A table for each task, under headings of the page's third rank."""
+    text = (results / "sgd-lr" / "table.md").read_text().partition("\n## ")[2]
+    return "### " + text.replace("\n## ", "\n### ")
 
 
 def benchmarks(results: Path) -> str:
