@@ -120,12 +120,11 @@ def make_optimizer(model: nn.Module, o: argparse.Namespace) -> torch.optim.Optim
               dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]  # biases and norms  # fmt: skip
     if o.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=o.lr)
-    # An example is a sequence, not a character: characters of one sequence are no independent evidence about the weights.
-    # They are counted over the whole step, micro-batches and processes, because its gradient is the mean over all of them.
-    # sgd_lr: at 0.1, good for image networks, the gradients here leave 99.9 % of weights to SGD; at 10 four fifths are Adam's.
-    examples = o.batch_size * o.accumulate * dist.get_world_size()
+    # The terms that a step's mean loss averages over are characters, of all micro-batches and processes.
+    # sgd_lr: at the paper's 0.1 the gradients here leave 99.9 % of weights to SGD; at 10 four fifths are Adam's.
+    characters = o.batch_size * o.sequence_length * o.accumulate * dist.get_world_size()
     kind = {"adabayes": AdaBayes, "adabayes-fp": AdaBayesFP}[o.optimizer]
-    return kind(groups, lr=o.lr, sgd_lr=o.sgd_lr, batch_size=examples, lean=o.lean, max_grad_norm=o.max_grad_norm)
+    return kind(groups, lr=o.lr, sgd_lr=o.sgd_lr, batch_size=characters, lean=o.lean, max_grad_norm=o.max_grad_norm)
 
 
 # --- Checkpoints: a folder is called step-... from when it is complete until before it is deleted, and the file ``latest``,
