@@ -249,17 +249,18 @@ def prepare(item: Item, algorithm: Algorithm, layout: Layout, seed: int, backend
         copied = param, torch.empty_like(param).copy_(param)
         param = copied[1]
     device = step_device(item.param)
-    state["step"] = step_tensor(state["step"], device)
-    if layout.random:
-        state["seed"] = number(state["seed"], torch.int64, device) if "seed" in state else new_seed(seed, device, slabs)
-    if layout.correction is not None and "correction" not in state:
-        state["correction"] = new_slot(item.param, 0.0, layout.correction, slabs)
-    placed = {name: placed_like(item.param, state[name]) for name in layout.names}
-    stored = codes.stored_as(layout, {name: local(t) for name, t in placed.items()}, state.get("seed"))
-    for name in layout.names:
-        slot = laid_out_like(param, stored[name], layout.dtype_of(name))
-        if placed[name] is not state[name] or slot is not local(placed[name]):
-            state[name] = like(item.param, slot)
+    with ordinary_mode(), torch.no_grad():  # state may be used in every mode
+        state["step"] = step_tensor(state["step"], device)
+        if layout.random:
+            state["seed"] = number(state["seed"], torch.int64, device) if "seed" in state else new_seed(seed, device, slabs)
+        if layout.correction is not None and "correction" not in state:
+            state["correction"] = new_slot(item.param, 0.0, layout.correction, slabs)
+        placed = {name: placed_like(item.param, state[name]) for name in layout.names}
+        stored = codes.stored_as(layout, {name: local(t) for name, t in placed.items()}, state.get("seed"))
+        for name in layout.names:
+            slot = laid_out_like(param, stored[name], layout.dtype_of(name))
+            if placed[name] is not state[name] or slot is not local(placed[name]):
+                state[name] = like(item.param, slot)
     tensors = [param, laid_out_like(param, grad, grad.dtype), *(local(state[name]) for name in layout.names)]
     tensors = [as_real(t) for t in tensors]
     if backend != "foreach" and (watched() or not all(map(is_plain, tensors))):

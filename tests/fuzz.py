@@ -307,12 +307,13 @@ class Run(Walk):
         super().__init__(case.seed)
 
     def setting(self):
-        case, limit = self.case, self.case.policy.get("max_grad_norm")
-        self.fixed_point, self.many, self.clipped = False, "few", limit is not None
+        case = self.case
+        self.fixed_point, self.many, self.clipped = False, "few", "max_grad_norm" in case.policy
         self.coded = case.policy.keys() & {"state_dtype", "weight_rounding"} != set()
         self.dtypes = [F32, BF16] if self.coded else [F32, BF16, F16, C64]
         # Each backend sums squares in another order. Float32 shows nothing of that, float64 the last bits.
-        self.inexact = self.clipped and limit < inf
+        limits = {case.policy.get("max_grad_norm", inf), 0.1 if any("policy" in step.events for step in case.steps) else inf}
+        self.inexact = self.clipped and limits != {inf}
         self.sides = self.subject, self.referee = [Side(self.maker(backend)) for backend in (case.subject[0], "foreach")]
         for side in self.sides:
             side.guards, side.gradients = [], []

@@ -355,6 +355,23 @@ def test_state_made_in_inference_mode_is_used_outside(name, target):
     assert not any(t.is_inference() for t in optimizer.state[p].values())
 
 
+@pytest.mark.parametrize("form", [torch.Tensor.double, torch.Tensor.bfloat16], ids=["double", "bfloat16"])
+@pytest.mark.parametrize("name", FUSED)
+def test_state_of_another_form_is_replaced_in_inference_mode_and_changed_outside(name, form, target):
+    backend, device = target
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = make(name, [p], backend)
+    optimizer.step()
+    for slot, value in optimizer.state[p].items():
+        optimizer.state[p][slot] = form(value)
+    with torch.inference_mode():
+        optimizer.step()
+    for value in optimizer.state[p].values():
+        value.mul_(1.0)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("backend", ["auto", "foreach"])
 def test_a_parameter_made_in_inference_mode_is_refused_outside(backend):
     with torch.inference_mode():

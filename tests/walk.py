@@ -303,6 +303,8 @@ class Walk:
                         raise Found(f"{name} of parameter {i} is {here}; the referee's {value}")
                 elif here.dtype != value.dtype or here.requires_grad:
                     raise Found(f"{name} of parameter {i} is of {here.dtype}; the referee's of {value.dtype}")
+                elif here.is_inference():
+                    raise Found(f"{name} of parameter {i} was made in inference mode, and cannot be changed outside")
                 elif not self.agree(name, here, value, value):
                     raise Found(f"{name} of parameter {i} is {short(here)}; the referee's {short(value)}")
         if len(a.optimizer._kept_state) != len(b.optimizer._kept_state):
