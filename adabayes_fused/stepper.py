@@ -103,13 +103,18 @@ class Stepper:
         # A mode that must see each operation sees none of C++, and may have given the tensors no values.
         batch = None if watched() else self.reader(given)
         created: list[Tensor] = []
+        replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []  # state that is brought to our form, and what it was
         run = None
         try:
-            run = self._collect(given, batch, items, scaling, created)
+            run = self._collect(given, batch, items, scaling, created, replaced)
         finally:
             if run is None:
                 for p in created:
                     del given.state[p]
+                for entry, before in replaced:
+                    entry.update(before)
+                    for name in entry.keys() - before.keys():
+                        del entry[name]
                 if batch is not None:
                     batch.clear()
         if run is None:
@@ -121,13 +126,19 @@ class Stepper:
                 _let_go(batch)
 
     def _collect(
-        self, given: Groups, batch: Any, items: list[Item] | None, scaling: Scaling, created: list[Tensor]
+        self,
+        given: Groups,
+        batch: Any,
+        items: list[Item] | None,
+        scaling: Scaling,
+        created: list[Tensor],
+        replaced: list[tuple[dict[str, Any], dict[str, Any]]],
     ) -> Callable[[], None] | None:
         """All of a step up to its launches. Returns the function that makes them; None where the step is to be skipped."""
         left = self._read(given, batch, items)
         if _capturing() and any(group["capturable"] for group in given.groups):
             _check_capture(given, left)
-        prepared = self._prepare(given, left, created) if left else []
+        prepared = self._prepare(given, left, created, replaced) if left else []
         if created and items is None and _only_makes_state(given, prepared, created):
             if batch is not None:
                 batch.clear()
@@ -200,7 +211,13 @@ class Stepper:
         groups = enumerate(given.groups)
         return [given.item(g, i) for g, group in groups for i in batch.read(group["params"], given.state, g)]
 
-    def _prepare(self, given: Groups, items: list[Item], created: list[Tensor]) -> list[Prepared]:
+    def _prepare(
+        self,
+        given: Groups,
+        items: list[Item],
+        created: list[Tensor],
+        replaced: list[tuple[dict[str, Any], dict[str, Any]]],
+    ) -> list[Prepared]:
         algorithm, storage, unwatched = self.algorithm, given.storage, not watched()
         entries = (entry for entry in given.state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
         self.slabs.forget_unused(t for entry in entries for t in entry.values())
@@ -224,6 +241,8 @@ class Stepper:
                 given.state[p] = new_state(algorithm, layout, p, seed, self.slabs)
                 created.append(p)
                 item = item._replace(state=given.state[p])
+            else:
+                replaced.append((item.state, dict(item.state)))
             prepared.append(prepare(item, algorithm, layout, seed, backend, self.slabs))
         return prepared
 

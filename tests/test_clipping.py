@@ -8,7 +8,7 @@ import torch
 from runs import FUSED
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adabayes_fused import backends
+from adabayes_fused import AdaBayes, backends
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 SHAPES = [(60, 70), (5,), (), (0, 3), (16, 16), (2, 3, 4)]
@@ -311,3 +311,28 @@ def test_gradients_are_read_once_and_swept_once():
     assert events
     assert not [e.name for e in events if [1000, 1000] in (e.input_shapes or []) and e.name != "aten::detach"]
     assert max((e.self_cpu_memory_usage for e in events), default=0) < 10_000
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach"])
+@pytest.mark.parametrize("how", ["skipped", "refused"])
+def test_state_of_another_form_stays_as_it_is(how, backend):
+    """A step brings state to the form it stores, but not one that is skipped or refused."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = AdaBayes(params, batch_size=8, skip_nonfinite=True, weight_rounding="stochastic", backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    del state["seed"]
+    state["exp_avg"] = state["exp_avg"].double()
+    before = dict(state)
+    if how == "skipped":
+        params[1].grad = torch.full_like(params[1], float("inf"))
+        optimizer.step()
+        assert optimizer.skipped_steps == 1
+    else:
+        params[1].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="storage was freed"):
+            optimizer.step()
+    assert state.keys() == before.keys()
+    assert all(state[name] is value for name, value in before.items())
