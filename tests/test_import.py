@@ -125,11 +125,14 @@ def test_the_optimizers_attributes_are_its_own():
     assert not written
 
 
+IGNORED = shutil.ignore_patterns("_native*", "__pycache__", "triton_kernels")  # the sources have the last in another folder
+
+
 def run_in_sources(tmp_path, *arguments, module=f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}", where="installed"):
     """Runs Python in a folder of sources without a module, beside an installed copy. A file of the module's name lies in one."""
     package = pathlib.Path(adabayes_fused.__file__).parent
     for folder in ("sources", "installed"):
-        shutil.copytree(package, tmp_path / folder / package.name, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+        shutil.copytree(package, tmp_path / folder / package.name, ignore=IGNORED)
     (tmp_path / where / package.name / module).touch()
     paths = [str(tmp_path / "installed"), *(p for p in sys.path if p.endswith("-packages"))]
     return subprocess.run(
@@ -163,3 +166,28 @@ def test_a_module_of_another_python_is_named(tmp_path):
     assert done.stderr.count("Warning") == 1
     assert "updated by the slow backend 'foreach'" in done.stderr
     assert "there is _native.cpython-399-none.so, which this Python does not load" in done.stderr
+
+
+ON_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
+from adabayes_fused import backends
+device = torch.device("cuda", 0)
+backends.warn_of_foreach(device)
+print(backends.choose("auto", device), backends.BACKENDS["triton"].unavailable(device))
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_sources_without_triton_kernels_fall_back_on_a_gpu(installed, tmp_path):
+    """One warning: at import where there is an installed copy, else by the first step."""
+    pytest.importorskip("triton")
+    module = {} if installed else {"module": "none"}
+    done = run_in_sources(tmp_path, "-c", ON_A_GPU, **module)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("foreach ")
+    assert done.stderr.count("Warning") == 1
+    for told in done.stdout, done.stderr:
+        assert "pip install --no-deps -e ." in told
+        assert str(tmp_path / "sources") in told

@@ -17,7 +17,7 @@ from ..sharding import place_of
 from ..table import DTYPES, NUMBERS, ROW_WORDS
 from .launch import Launch
 
-_FOLDER = Path(__file__).parents[1]
+FOLDER = Path(__file__).parents[1]
 _REMEDY = (
     "install a C++ compiler (and nvcc for CUDA) and run 'pip install --force-reinstall --no-deps .' again, with -e if you work "
     "in the source folder, which Python imports before any installed copy"
@@ -38,19 +38,19 @@ def _load() -> tuple[Any, str]:
 def _why_missing(error: ImportError) -> str:
     if copy := _copy_with_module():
         return (
-            f"Python imported the sources in {_FOLDER}, which have no compiled extension, not the installed copy in {copy}, "
-            f"which has one. Run Python from another folder than {_FOLDER.parent}, or run 'pip install --no-deps -e .' there"
+            f"Python imported the sources in {FOLDER}, which have no compiled extension, not the installed copy in {copy}, "
+            f"which has one. Run Python from another folder than {FOLDER.parent}, or run 'pip install --no-deps -e .' there"
         )
-    others = ", ".join(sorted(path.name for path in _FOLDER.glob("_native.*") if path.suffix in (".so", ".pyd")))
+    others = ", ".join(sorted(path.name for path in FOLDER.glob("_native.*") if path.suffix in (".so", ".pyd")))
     beside = f"; there is {others}, which this Python does not load" if others else ""
-    return f"the compiled extension is not there ({error}; looked in {_FOLDER}{beside}); {_REMEDY}"
+    return f"the compiled extension is not there ({error}; looked in {FOLDER}{beside}); {_REMEDY}"
 
 
 def _copy_with_module() -> Path | None:
     """Where else on sys.path this package lies, with a module of this Python's."""
     for entry in sys.path:
-        copy = Path(entry).resolve() / _FOLDER.name
-        if copy != _FOLDER.resolve() and any((copy / f"_native{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        copy = Path(entry).resolve() / FOLDER.name
+        if copy != FOLDER.resolve() and any((copy / f"_native{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return copy
     return None
 

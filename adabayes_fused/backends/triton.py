@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .launch import CANNOT_LOAD, Copies, Launch, Undecided, in_turn
 
 CHUNK = 8192  # elements a program updates
@@ -29,6 +30,9 @@ def interpreted() -> bool:
 def unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; 'pip install triton'"
+    if importlib.util.find_spec("adabayes_fused.triton_kernels") is None:  # sources keep it elsewhere, where Python does not look
+        without = f"the Triton kernels are not in {native.FOLDER}; run 'pip install --no-deps -e .' in {native.FOLDER.parent}"
+        return native.missing if native.in_the_way else without
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "torch sees no GPU here (torch.cuda.is_available() is False)"
