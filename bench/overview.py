@@ -32,7 +32,7 @@ SHOWN = {
             "AdaBayes lean bfloat16": '… state_dtype="bfloat16"',
             "AdaBayes lean 8bit": '… state_dtype="8bit"',
         },
-        "step": {"torch-optimi AdamW": "torch-optimi AdamW"},
+        "step": {"torch-optimi AdamW": "torch-optimi AdamW, its loop"},
     },
     "bfloat16 weights": {
         "low-precision-bfloat16": {
