@@ -30,6 +30,7 @@ from .slabs import Slabs
 from .table import DTYPES, Table
 
 State = dict[Tensor, Any]
+Before = dict[Tensor, dict[str, Any] | None]  # what the state that a step prepares was; None: there was none
 CPU = torch.device("cpu")
 
 
@@ -102,19 +103,13 @@ class Stepper:
             clipping.check_whole(given.groups)
         # A mode that must see each operation sees none of C++, and may have given the tensors no values.
         batch = None if watched() else self.reader(given)
-        created: list[Tensor] = []
-        replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []  # state that is brought to our form, and what it was
+        before: Before = {}
         run = None
         try:
-            run = self._collect(given, batch, items, scaling, created, replaced)
+            run = self._collect(given, batch, items, scaling, before)
         finally:
             if run is None:
-                for p in created:
-                    del given.state[p]
-                for entry, before in replaced:
-                    entry.update(before)
-                    for name in entry.keys() - before.keys():
-                        del entry[name]
+                _put_back(given.state, before)
                 if batch is not None:
                     batch.clear()
         if run is None:
@@ -126,20 +121,14 @@ class Stepper:
                 _let_go(batch)
 
     def _collect(
-        self,
-        given: Groups,
-        batch: Any,
-        items: list[Item] | None,
-        scaling: Scaling,
-        created: list[Tensor],
-        replaced: list[tuple[dict[str, Any], dict[str, Any]]],
+        self, given: Groups, batch: Any, items: list[Item] | None, scaling: Scaling, before: Before
     ) -> Callable[[], None] | None:
         """All of a step up to its launches. Returns the function that makes them; None where the step is to be skipped."""
         left = self._read(given, batch, items)
         if _capturing() and any(group["capturable"] for group in given.groups):
             _check_capture(given, left)
-        prepared = self._prepare(given, left, created, replaced) if left else []
-        if created and items is None and _only_makes_state(given, prepared, created):
+        prepared = self._prepare(given, left, before) if left else []
+        if before and items is None and _only_makes_state(given, prepared, before):
             if batch is not None:
                 batch.clear()
             return lambda: None
@@ -211,13 +200,7 @@ class Stepper:
         groups = enumerate(given.groups)
         return [given.item(g, i) for g, group in groups for i in batch.read(group["params"], given.state, g)]
 
-    def _prepare(
-        self,
-        given: Groups,
-        items: list[Item],
-        created: list[Tensor],
-        replaced: list[tuple[dict[str, Any], dict[str, Any]]],
-    ) -> list[Prepared]:
+    def _prepare(self, given: Groups, items: list[Item], before: Before) -> list[Prepared]:
         algorithm, storage, unwatched = self.algorithm, given.storage, not watched()
         entries = (entry for entry in given.state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
         self.slabs.forget_unused(t for entry in entries for t in entry.values())
@@ -237,12 +220,12 @@ class Stepper:
                 prepared.append(Prepared.of(item, layout, tensors, backend))
                 continue
             seed = given.seed_of(item.group, item.position) if layout.random and "seed" not in item.state else 0
-            if not item.state:
-                given.state[p] = new_state(algorithm, layout, p, seed, self.slabs)
-                created.append(p)
-                item = item._replace(state=given.state[p])
+            if item.state:
+                before.setdefault(p, dict(item.state))
             else:
-                replaced.append((item.state, dict(item.state)))
+                given.state[p] = new_state(algorithm, layout, p, seed, self.slabs)
+                before[p] = None
+                item = item._replace(state=given.state[p])
             prepared.append(prepare(item, algorithm, layout, seed, backend, self.slabs))
         return prepared
 
@@ -297,14 +280,26 @@ def _updates(launches: list[Launch], prepared: list[Prepared]) -> list[Callable[
     return updates
 
 
-def _only_makes_state(given: Groups, prepared: list[Prepared], created: list[Tensor]) -> bool:
+def _put_back(state: State, before: Before) -> None:
+    for p, was in before.items():
+        if was is None:
+            del state[p]
+            continue
+        entry = state[p]
+        entry.update(was)
+        for name in entry.keys() - was.keys():
+            del entry[name]
+
+
+def _only_makes_state(given: Groups, prepared: list[Prepared], before: Before) -> bool:
     """Whether all state is new, every ``lr`` is 0 and every gradient zero: torch.distributed.checkpoint's step for the sake of
     the state (``_init_optim_state``). It updates nothing and is not counted. Asked where state is made, and waits for an
     accelerator only at ``lr = 0``."""
     lrs = [group["lr"] for group in given.groups]
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
         return False
-    if watched() or _capturing() or len(created) < len(given.state):
+    created = [p for p, was in before.items() if was is None]
+    if not created or watched() or _capturing() or len(created) < len(given.state):
         return False
     # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
     nonzero: dict[tuple[Any, ...], list[Tensor]] = {}

@@ -30,7 +30,8 @@ RULE_FN uint32_t turned(uint32_t word) { return word << 16 | word >> 16; }
 
 // --- Codes of state ---
 
-// NaN stays NaN and has one code, in m8 one for each sign, which is anyone's; infinities stay in bfloat16 and are the largest value of the others.
+// NaN stays NaN. It has one code, in m8 one for each sign, in which backends may differ. Infinities stay in bfloat16, and are the largest
+// value of the others.
 
 RULE_FN bool is_nan(float x) { return x != x; }
 

@@ -5,7 +5,6 @@ import doctest
 import importlib.util
 import inspect
 import json
-import math
 import os
 import re
 import shutil
@@ -98,11 +97,12 @@ def test_the_loop_learns(page, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AdaBayes, "__init__", noted)
     losses = run(page, code_of(page), tmp_path, monkeypatch)["losses"]
-    optimizer = optimizers[0]
+    optimizer, *others = optimizers
+    assert not others or page == "adamw.md"  # which also continues a run of AdamW
     part = len(losses) // 4
     first, last = (sum(some) / part for some in (losses[:part], losses[-part:]))
-    classes = 4 if page in ("adamw.md", "amp.md") else 10  # guessing costs log(4) = 1.4 or log(10) = 2.3
-    assert 0.4 * math.log(classes) < first < 1.1 * math.log(classes)
+    low, high = (0.7, 1.5) if page in ("adamw.md", "amp.md") else (1, 2.5)  # guessing costs log(4) = 1.4 or log(10) = 2.3
+    assert low < first < high
     assert last < first / 3
     counts = {int(optimizer.state[p]["step"]) for group in optimizer.param_groups for p in group["params"]}
     assert len(counts) == 1

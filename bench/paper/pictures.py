@@ -110,10 +110,10 @@ def _over_epochs(at: Axes, group: Group) -> None:
     at.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
     at.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     at.yaxis.set_minor_formatter(NullFormatter())
-    _open(at)
+    open_sides(at)
 
 
-def _open(at: Axes) -> None:
+def open_sides(at: Axes) -> None:
     at.grid(color="#E5E5E5")
     at.set_axisbelow(True)
     at.spines[["top", "right"]].set_visible(False)
@@ -168,7 +168,7 @@ def _points(top: Axes, middle: Axes, group: Group, points: Mapping[str, Any]) ->
     middle.set(xscale="log", **limits, **names, title=_ratios(points))
     for at in (top, middle):
         at.axvline(sigma_sq, color="#CC79A7", linestyle=":", linewidth=1.5, label=r"$\sigma^2$")
-        _open(at)
+        open_sides(at)
     beyond = int((~shown).sum())
     note = f"{points['left_out']:,} weights never had a gradient" + (f"; {beyond:,} points lie further right" if beyond else "")
     top.text(0.02, 0.98, note, transform=top.transAxes, va="top", fontsize=8, color=GREY)

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from ..machine import caption
 from .compare import Sample, pooled_variance
+from .pictures import open_sides
 from .runs import BrokenRun, original, read_json
 from .sgd_lr import ADABAYES, FIXED_POINT, FP, MEMORY, PARTS
 
@@ -251,9 +252,7 @@ def _panel(at: Axes, grid: Grid, optimizer: str) -> None:
     at.xaxis.set_minor_formatter(NullFormatter())
     at.yaxis.set_major_locator(MaxNLocator(6))
     at.set_title(message(grid, optimizer), loc="left", fontsize=11)
-    at.grid(color="#E5E5E5")
-    at.set_axisbelow(True)
-    at.spines[["top", "right"]].set_visible(False)
+    open_sides(at)
 
 
 def _line(at: Axes, grid: Grid, curve: Curve, **style: Any) -> None:
