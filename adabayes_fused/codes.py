@@ -42,6 +42,11 @@ class Layout(NamedTuple):
         return self.slots if self.correction is None else (*self.slots, "correction")
 
     @property
+    def stored(self) -> tuple[torch.dtype, ...]:
+        """Their dtypes."""
+        return self.dtypes if self.correction is None else (*self.dtypes, self.correction)
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """The 0-dim tensors."""
         return ("step", "seed") if self.random else ("step",)
@@ -51,7 +56,7 @@ class Layout(NamedTuple):
         return self.state > 0 or self.weight > 0
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.correction if name == "correction" else self.dtypes[self.slots.index(name)]  # type: ignore[return-value]
+        return self.stored[self.names.index(name)]
 
 
 class Storage(NamedTuple):

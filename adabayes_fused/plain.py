@@ -31,9 +31,9 @@ with torch.inference_mode(False), _disable_current_modes():
 _TORCHS_OWN = (torch._C._disabled_torch_function_impl, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
-def has_plain_keys(t: Tensor) -> bool:
-    """What :func:`is_plain` asks, of a tensor of torch's own Python types."""
-    return bool(_keys(t).raw_repr() & ~DEVICE_BITS == PLAIN)
+def have_plain_keys(*tensors: Tensor) -> bool:
+    """What :func:`is_plain` asks, of tensors of torch's own Python types."""
+    return all(keys & ~DEVICE_BITS == PLAIN for keys in {_keys(t).raw_repr() for t in tensors})
 
 
 def is_plain(t: Tensor) -> bool:
@@ -42,7 +42,7 @@ def is_plain(t: Tensor) -> bool:
     function = type(t).__torch_function__
     if getattr(function, "__func__", function) not in _TORCHS_OWN or is_traceable_wrapper_subclass(t):
         return False
-    return has_plain_keys(t)
+    return have_plain_keys(t)
 
 
 def samples() -> list[tuple[Tensor, int]]:

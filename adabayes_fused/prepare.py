@@ -7,6 +7,7 @@ checkpoint loader has put in place with another dtype, device or layout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import codes
 from .algorithms import Algorithm
 from .codes import Layout, Storage
-from .plain import has_plain_keys, is_plain, ordinary_mode, watched
+from .plain import have_plain_keys, is_plain, ordinary_mode, watched
 from .sharding import is_sharded, like, local, place_of, placed_like, spec_of
 from .slabs import Slabs
 from .table import DTYPES
@@ -51,8 +52,9 @@ class Prepared(NamedTuple):
 
     @classmethod
     def of(cls, item: Item, layout: Layout, tensors: list[Tensor], backend: str, copied: Any = None) -> Prepared:
-        numbers, spec = tuple(item.state[name] for name in layout.numbers), spec_of(item.param)
-        place = place_of(spec) if layout.random and spec is not None else (0, max(tensors[0].numel(), 1), 0)
+        numbers = tuple(map(item.state.__getitem__, layout.numbers))
+        spec = spec_of(item.param) if layout.random else None
+        place = (0, max(tensors[0].numel(), 1), 0) if spec is None else place_of(spec)
         return cls(item.param, tensors, numbers, item.group, backend, copied, layout, place)
 
     @property
@@ -211,26 +213,23 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
     return number(step, torch.float32, device)
 
 
-def ready(item: Item, algorithm: Algorithm, storage: Storage) -> list[Tensor] | None:
+def ready(item: Item, layouts: Mapping[torch.dtype, Layout]) -> list[Tensor] | None:
     """(param, grad, *slots) of the common case, in which they are as a kernel takes them: plain, contiguous, alike in shape, each
-    in its dtype. None in any other, which ``check_item`` and ``prepare`` sort out."""
+    in its dtype. None in any other, which ``check_item`` and ``prepare`` sort out. ``layouts``: by the parameter's dtype."""
     p, grad, state = item.param, item.grad, item.state
-    if type(p) not in _OWN_TYPES or p.dtype not in DTYPES or storage.why_not(p.dtype) is not None:
+    layout = layouts.get(p.dtype)
+    if layout is None or type(p) not in _OWN_TYPES or grad.dtype not in DTYPES or not state:
         return None
-    layout = storage.layout(algorithm, p.dtype)
     tensors: list[Any] = [p, grad, *map(state.get, layout.names)]
     numbers: list[Any] = list(map(state.get, layout.numbers))
-    if not all(type(t) is Tensor for t in (*tensors[1:], *numbers)):
+    if {*map(type, tensors[1:]), *map(type, numbers)} != {Tensor} or not have_plain_keys(*tensors, *numbers):
         return None
     shape, device = p.shape, p.device
-    if not all(t.shape == shape and t.device == device and t.is_contiguous() and t.data_ptr() for t in tensors):
-        return None
-    if grad.dtype not in DTYPES or [t.dtype for t in tensors[2:]] != list(map(layout.dtype_of, layout.names)):
-        return None
+    for t, dtype in zip(tensors, (p.dtype, grad.dtype, *layout.stored), strict=True):
+        if t.dtype != dtype or t.shape != shape or t.device != device or not t.is_contiguous() or not t.data_ptr():
+            return None
     wanted = zip(numbers, (torch.float32, torch.int64), strict=False)  # step, seed
-    if any(number(t, dtype, device) is not t for t, dtype in wanted) or not all(map(has_plain_keys, [*tensors, *numbers])):
-        return None
-    return tensors
+    return tensors if all(number(t, dtype, device) is t for t, dtype in wanted) else None
 
 
 def prepare(item: Item, algorithm: Algorithm, layout: Layout, seed: int, backend: str, slabs: Slabs) -> Prepared:

@@ -204,9 +204,10 @@ class Stepper:
         algorithm, storage, unwatched = self.algorithm, given.storage, not watched()
         entries = (entry for entry in given.state.values() if isinstance(entry, dict))  # hooks may keep state of no parameter
         self.slabs.forget_unused(t for entry in entries for t in entry.values())
+        layouts = {dtype: storage.layout(algorithm, dtype) for dtype in DTYPES if storage.why_not(dtype) is None}
         found = []
         for item in items:  # all of them before the first is touched
-            tensors = ready(item, algorithm, storage) if unwatched else None
+            tensors = ready(item, layouts) if unwatched else None
             if tensors is None:
                 check_item(item, algorithm, storage)
             device = local(item.param).device
@@ -215,10 +216,10 @@ class Stepper:
         prepared = []
         for item, backend, tensors in found:
             p = item.param
-            layout = storage.layout(algorithm, p.dtype)
             if tensors is not None:
-                prepared.append(Prepared.of(item, layout, tensors, backend))
+                prepared.append(Prepared.of(item, layouts[p.dtype], tensors, backend))
                 continue
+            layout = storage.layout(algorithm, p.dtype)
             seed = given.seed_of(item.group, item.position) if layout.random and "seed" not in item.state else 0
             if item.state:
                 before.setdefault(p, dict(item.state))

@@ -28,6 +28,7 @@ STEP = {  # column: where it stands in a row, how it is shown
     "p20\nms": ("p20_s", ms),
     "p80\nms": ("p80_s", ms),
     "/ AdamW\nfused": ("relative", "{:.3g}".format),
+    "/ slow\npath": ("of_slow_path", "{:.3g}".format),
     "alone\nms": ("first_median_s", ms),
     "host\nms": ("host_s", ms),
     "kernels\nms": ("kernels_s", ms),

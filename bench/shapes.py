@@ -66,7 +66,7 @@ QUICK = ["1x4M", "resnet34", "1000x16"]
 
 def default_cases(device: str) -> list[str]:
     if device == "cpu":
-        return ["1x32M", "1x32M:clipped", *NETWORKS, *LISTS]
+        return ["1x32M", "1x32M:clipped", "1x4M", *NETWORKS, *LISTS]
     return ["1x256M", "1x256M:clipped", *NETWORKS, *LISTS, "1x256M:bfloat16", "gpt2:bfloat16", "llama1b:bfloat16"]
 
 

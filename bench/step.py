@@ -73,11 +73,14 @@ def floor_rows(case: Case, floors, floor_turns: dict[str, Turns], note: str) -> 
 
 
 def relate(case: Case, traffics, floors, floor_turns: dict[str, Turns]) -> None:
-    """Ratios to the anchor, bandwidths and shares of the floor."""
+    """Ratios to the anchor and to the slow path, bandwidths and shares of the floor."""
     anchor = case.rows[ANCHOR].get("median_s")
     for n, traffic in traffics.items():
         row = case.rows[n]
         row |= dict(relative=row["median_s"] / anchor if anchor else None, gb_per_s=traffic.moved / row["median_s"] / 1e9)
+        judge = case.rows.get(case.contenders[n].judge or "", {})
+        if judge.get("family") == "slow path" and "median_s" in judge:
+            row["of_slow_path"] = row["median_s"] / judge["median_s"]
         if traffic in floors:
             found = floors[traffic]
             row["floor_s"] = floor_turns[found.name].summary()["median_s"] * traffic.moved / found.moved

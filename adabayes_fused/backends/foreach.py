@@ -41,6 +41,16 @@ def lerp_(average: Tensor, value: Tensor, weight: Any, scratch: Tensor) -> None:
     average.add_(move)
 
 
+def times(value: Tensor, factor: Any, out: Tensor) -> Tensor:
+    """The product, which is the value itself where the factor is known to be 1."""
+    return value if isinstance(factor, float) and factor == 1.0 else torch.mul(value, factor, out=out)
+
+
+def scalar(number: Any, beside: Tensor) -> Tensor:
+    """The first operand of a difference or quotient, which torch takes as a tensor."""
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=beside.dtype, device="cpu")
+
+
 def adabayes(
     c: Scalars,
     scratch: Tensors,
@@ -53,16 +63,17 @@ def adabayes(
 ) -> None:
     grad_scale, weight1, weight2, keep, step_size, fisher, forget, drift = c
     g, move, post = scratch[0], scratch[1], scratch[2] if post_var is None else post_var
-    torch.mul(grad, grad_scale, out=g)
-    lerp_(exp_avg, g, weight1, move)  # Eq. 2
-    g_sq = g.mul_(g)
+    scaled = times(grad, grad_scale, g)
+    lerp_(exp_avg, scaled, weight1, move)  # Eq. 2
+    g_sq = torch.mul(scaled, scaled, out=g)
     if exp_avg_sq is not None:
         lerp_(exp_avg_sq, g_sq, weight2, move)  # Eq. 4
     denom = torch.mul(prior_var, fisher, out=move).mul_(g_sq).add_(1.0)
     torch.div(prior_var, denom, out=post)  # Eq. 17a
-    torch.mul(post, forget, out=prior_var).neg_().add_(drift).add_(post)  # Eq. 16b
+    forgotten = torch.mul(post, forget, out=prior_var)
+    torch.sub(scalar(drift, post), forgotten, out=prior_var).add_(post)  # Eq. 16b
     torch.mul(exp_avg, step_size, out=move).mul_(post)
-    param.mul_(keep).sub_(move)  # Eq. 18
+    times(param, keep, param).sub_(move)  # Eq. 18
 
 
 def adabayes_fp(
@@ -76,14 +87,14 @@ def adabayes_fp(
 ) -> None:
     grad_scale, weight1, weight2, keep, step_size, a, debias2, eps = c
     g, move = scratch[:2]
-    torch.mul(grad, grad_scale, out=g)
-    lerp_(exp_avg, g, weight1, move)  # Eq. 2
-    lerp_(exp_avg_sq, g.mul_(g), weight2, move)  # Eq. 4
+    scaled = times(grad, grad_scale, g)
+    lerp_(exp_avg, scaled, weight1, move)  # Eq. 2
+    lerp_(exp_avg_sq, torch.mul(scaled, scaled, out=g), weight2, move)  # Eq. 4
     denom = torch.mul(exp_avg_sq, debias2, out=g).add_(a * a).sqrt_().add_(a).add_(eps)  # Eq. 20
     torch.mul(exp_avg, step_size, out=move).div_(denom)
-    param.mul_(keep).sub_(move)  # Eq. 18
+    times(param, keep, param).sub_(move)  # Eq. 18
     if post_var is not None:
-        post_var.fill_(1.0).mul_(a + a).div_(denom)
+        torch.div(scalar(a + a, denom), denom, out=post_var)
 
 
 RULES: dict[str, Callable[..., None]] = {"AdaBayes": adabayes, "AdaBayesFP": adabayes_fp}
@@ -162,8 +173,9 @@ def _prepare(launch: Launch) -> Callable[[], None]:
                 weights = codes.encoded_weights(layout.weight, param, at) if layout.weight else [param]
                 values = [weights[0], *codes.encoded(layout.dtypes, slots, unit, at), *weights[1:]]
             if apart:
-                split = (_unflatten(value, column) for value, column in zip(values, written, strict=True))
-                torch._foreach_copy_([t for column in written for t in column], [t for column in split for t in column])
+                sizes = [part.numel for part in parts]
+                pieces = [t for value in values for t in torch.split_with_sizes(value, sizes)]
+                torch._foreach_copy_([t for column in written for t in column], pieces)
         # With a tensor and no alpha torch would take the overload for numbers, and wait for this one's value.
         taken = 1 if skip is None else (~skip).float()
         torch._foreach_add_(launch.steps, taken, **({} if skip is None else dict(alpha=1)))
@@ -185,16 +197,12 @@ def _codes(launch: Launch, parts: list[_Part]) -> tuple[Any, Any]:
 
 def _flat(column: list[Tensor]) -> Tensor:
     """The tensors end to end: a copy, but for one alone."""
-    return column[0] if len(column) == 1 else torch._C._nn.flatten_dense_tensors(column)
-
-
-def _unflatten(value: Tensor, column: list[Tensor]) -> Tensors:
-    return [value] if len(column) == 1 else torch._C._nn.unflatten_dense_tensors(value, column)
+    return column[0] if len(column) == 1 else torch.cat(column)
 
 
 def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[Tensor]], list[_Part]]]:
     """Tensors of one row of coefficients, whole ones up to a block's size together, or one part of a larger one."""
-    most, random = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE), launch.layout.random
+    most = BLOCK.get(launch.device.type, BLOCK_ELSEWHERE)
     block: list[list[Tensor]] = []
     parts: list[_Part] = []
     block_k = numel = 0
@@ -202,23 +210,22 @@ def _blocks(launch: Launch, which: list[int]) -> Iterator[tuple[int, list[list[T
         k, tensors = which[t], launch.tensors[t]
         size = tensors[0].numel()
         if block and (k != block_k or numel + size > most):
-            yield block_k, _lines(block, random), parts
+            yield block_k, block, parts
             block, parts, numel = [], [], 0
         if 2 * size > most:  # worth no copy
-            (lines,) = _lines([tensors], random)
+            line = _line(tensors)
             for i in range(0, size, most):
-                yield k, [[line[i : i + most] for line in lines]], [_Part(t, i, min(most, size - i))]
+                yield k, [[values[i : i + most] for values in line]], [_Part(t, i, min(most, size - i))]
         elif size:
-            block.append(tensors)
+            block.append(_line(tensors))
             parts.append(_Part(t, 0, size))
             block_k, numel = k, numel + size
     if block:
-        yield block_k, _lines(block, random), parts
+        yield block_k, block, parts
 
 
-def _lines(block: list[list[Tensor]], random: bool) -> list[list[Tensor]]:
-    """Each parameter's tensors in the order of their memory, which is the same for all of them; of several, only where random
-    numbers count elements in that order."""
-    if len(block) > 1 and not random:
-        return block
-    return [[t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors] for tensors in block]
+def _line(tensors: list[Tensor]) -> list[Tensor]:
+    """One parameter's tensors in the order of their memory, which is the same for all of them."""
+    if tensors[0].dim() == 1:
+        return tensors
+    return [t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
