@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import codes
 from .algorithms import Algorithm
 from .codes import Layout, Storage
-from .plain import have_plain_keys, is_plain, ordinary_mode, watched
+from .plain import is_plain, ordinary_mode, watched
 from .sharding import is_sharded, like, local, place_of, placed_like, spec_of
 from .slabs import Slabs
 from .table import DTYPES
@@ -214,22 +214,27 @@ def step_tensor(step: Any, device: torch.device) -> Tensor:
 
 
 def ready(item: Item, layouts: Mapping[torch.dtype, Layout]) -> list[Tensor] | None:
-    """(param, grad, *slots) of the common case, in which they are as a kernel takes them: plain, contiguous, alike in shape, each
-    in its dtype. None in any other, which ``check_item`` and ``prepare`` sort out. ``layouts``: by the parameter's dtype."""
+    """(param, grad, *slots) of the common case: torch's own tensors, contiguous, alike in shape, each in its dtype, as PyTorch's
+    operations take them together. None in any other, which ``check_item`` and ``prepare`` sort out. ``layouts``: by the
+    parameter's dtype."""
     p, grad, state = item.param, item.grad, item.state
     layout = layouts.get(p.dtype)
     if layout is None or type(p) not in _OWN_TYPES or grad.dtype not in DTYPES or not state:
         return None
     tensors: list[Any] = [p, grad, *map(state.get, layout.names)]
     numbers: list[Any] = list(map(state.get, layout.numbers))
-    if {*map(type, tensors[1:]), *map(type, numbers)} != {Tensor} or not have_plain_keys(*tensors, *numbers):
+    if {*map(type, tensors[1:]), *map(type, numbers)} != {Tensor}:
         return None
     shape, device = p.shape, p.device
     for t, dtype in zip(tensors, (p.dtype, grad.dtype, *layout.stored), strict=True):
-        if t.dtype != dtype or t.shape != shape or t.device != device or not t.is_contiguous() or not t.data_ptr():
+        if t.dtype != dtype or t.shape != shape or t.device != device or not t.is_contiguous():
             return None
-    wanted = zip(numbers, (torch.float32, torch.int64), strict=False)  # step, seed
-    return tensors if all(number(t, dtype, device) is t for t, dtype in wanted) else None
+        if t.is_neg() or not t.data_ptr():
+            return None
+    for t, dtype in zip(numbers, (torch.float32, torch.int64), strict=False):  # step, seed
+        if t.dtype != dtype or t.device != device or t.dim():
+            return None
+    return tensors
 
 
 def prepare(item: Item, algorithm: Algorithm, layout: Layout, seed: int, backend: str, slabs: Slabs) -> Prepared:

@@ -21,7 +21,7 @@ from .backends import native
 from .backends.launch import Launch
 from .clipping import Clipping, Scaling
 from .codes import Storage
-from .plain import ordinary_mode, watched
+from .plain import have_plain_keys, ordinary_mode, watched
 from .prepare import Item, Prepared, check_item, new_state, prepare, ready, step_device
 from .scalars import Numbers, on, tensor_options
 from .sharding import dtensor_type, groups_of, local, spec_of, summed
@@ -217,8 +217,10 @@ class Stepper:
         for item, backend, tensors in found:
             p = item.param
             if tensors is not None:
-                prepared.append(Prepared.of(item, layouts[p.dtype], tensors, backend))
-                continue
+                known = Prepared.of(item, layouts[p.dtype], tensors, backend)
+                if backend == "foreach" or have_plain_keys(*tensors, *known.numbers):
+                    prepared.append(known)
+                    continue
             layout = storage.layout(algorithm, p.dtype)
             seed = given.seed_of(item.group, item.position) if layout.random and "seed" not in item.state else 0
             if item.state:

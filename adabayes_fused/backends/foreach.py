@@ -23,7 +23,7 @@ from .launch import Copies, Launch, in_turn
 Scalars = Sequence[Any]  # numbers, or 0-dim tensors on the device
 Tensors = Sequence[Tensor]
 
-BLOCK = {"cpu": 1 << 18}  # elements that have temporaries at a time
+BLOCK = {"cpu": 1 << 19}  # elements that have temporaries at a time
 BLOCK_ELSEWHERE = 1 << 22
 
 
@@ -48,7 +48,7 @@ def times(value: Tensor, factor: Any, out: Tensor) -> Tensor:
 
 def scalar(number: Any, beside: Tensor) -> Tensor:
     """The first operand of a difference or quotient, which torch takes as a tensor."""
-    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=beside.dtype, device="cpu")
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=beside.dtype, device=beside.device)
 
 
 def adabayes(
@@ -176,9 +176,9 @@ def _prepare(launch: Launch) -> Callable[[], None]:
                 sizes = [part.numel for part in parts]
                 pieces = [t for value in values for t in torch.split_with_sizes(value, sizes)]
                 torch._foreach_copy_([t for column in written for t in column], pieces)
-        # With a tensor and no alpha torch would take the overload for numbers, and wait for this one's value.
-        taken = 1 if skip is None else (~skip).float()
-        torch._foreach_add_(launch.steps, taken, **({} if skip is None else dict(alpha=1)))
+        # In a list, or torch would take the overload for numbers, and wait for this one's value.
+        taken = torch.ones((), dtype=torch.float32, device=launch.steps[0].device) if skip is None else (~skip).float()
+        torch._foreach_add_(launch.steps, [taken] * len(launch))
 
     return run
 
