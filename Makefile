@@ -25,7 +25,7 @@ wheel_extras := wheel
 matrix_extras := matrix
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test fuzz test-gpu-host run-gpu-host sanitize bench paper docs hub wheel matrix lint clean
+.PHONY: help demo lm test fuzz mutate test-gpu-host run-gpu-host sanitize bench paper docs hub wheel matrix lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -42,6 +42,9 @@ test: $(VENV)/test.stamp  ## Every test
 
 fuzz: $(VENV)/test.stamp  ## Random inputs on all backends and the slow path, for ten minutes: ARGS="--cases 50000 --seed 0 --minutes 60"
 	$(RUN) tests/fuzz.py $(or $(ARGS),--cases 1000000 --minutes 10 --seed $$(date +%s))
+
+mutate: $(VENV)/test.stamp  ## Small faults in the step's sources, one at a time, and which no test notices: ARGS="csrc/batch.cpp --count 20"
+	$(RUN) tests/mutate.py $(ARGS)
 
 # The extension is built apart, against the CUDA runtime that the stand-in takes the place of, so that the one in adabayes_fused/
 # stays as it is. Left out: tensors of 2^31 elements, which no host has the memory for, and what the stand-in does not compute:

@@ -3,8 +3,8 @@
     python tests/mutate.py adabayes_fused/clipping.py --count 40 --seed 0
     python tests/mutate.py csrc/batch.cpp --list
 
-Works in copies of the project, with the compiled module that lies in ``adabayes_fused``. The tests of a file are in ``TESTS``; they end
-at the first that fails, or at ``--seconds``, which counts as noticed.
+Works in copies of the project, with the compiled module that lies in ``adabayes_fused``. The tests of a file are in ``TESTS``.
+They end at the first that fails, or at ``--seconds``, which counts as noticed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMPARISONS = {
 }  # fmt: skip
 OPERATIONS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.And: ast.Or, ast.Or: ast.And}
 IN_CPP = [("<=", "<"), (" < ", " <= "), (" >= ", " > "), ("==", "!="), ("!=", "=="), ("&&", "||"), ("||", "&&"), (" + ", " - ")]
-IN_CPP += [(" - ", " + "), ("true", "false"), ("false", "true"), ("if (", "if (!"), (" ? ", " ? 0 * "), ("break;", ";")]
+IN_CPP += [(" - ", " + "), ("true", "false"), ("false", "true"), ("break;", ";")]
 
 
 class Mutant(NamedTuple):
@@ -105,11 +105,22 @@ def _of_cpp(text: str) -> Iterator[Mutant]:
         if not code.strip() or code.startswith("#") or "template" in code or "PyErr" in code:
             continue
         changed = [code[: m.start()] + new + code[m.end() :] for old, new in IN_CPP for m in re.finditer(re.escape(old), code)]
-        changed = [c + ")" * 0 if "if (!" not in c else re.sub(r"if \(!(.*)\) ?([^()]*(?:\(.*)?)$", r"if (!(\1)) \2", c) for c in changed]
+        if (start := code.find("if (")) >= 0:
+            changed.append(code[: start + 4] + "!(" + _with_one_more_parenthesis(code[start + 4 :]))
         if re.fullmatch(r"\s+[\w.>\-\[\]]+(\(.*\)| [+|]?= .*|\+\+);", code) and "return" not in code:
             changed.append("")
         for new in changed:
             yield Mutant(i + 1, code.strip(), new.strip() or "REMOVED", "\n".join([*lines[:i], new, *lines[i + 1 :]]))
+
+
+def _with_one_more_parenthesis(code: str) -> str:
+    """After the one that closes a condition."""
+    depth = 1
+    for i, letter in enumerate(code):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return code[:i] + ")" + code[i:]
+    return code
 
 
 def copied(folder: Path) -> Path:
