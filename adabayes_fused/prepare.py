@@ -229,7 +229,7 @@ def ready(item: Item, layouts: Mapping[torch.dtype, Layout]) -> list[Tensor] | N
     for t, dtype in zip(tensors, (p.dtype, grad.dtype, *layout.stored), strict=True):
         if t.dtype != dtype or t.shape != shape or t.device != device or not t.is_contiguous():
             return None
-        if t.is_neg() or not t.data_ptr():
+        if t.is_neg() or t.is_inference() or not t.data_ptr():
             return None
     for t, dtype in zip(numbers, (torch.float32, torch.int64), strict=False):  # step, seed
         if t.dtype != dtype or t.device != device or t.dim():

@@ -372,17 +372,22 @@ def test_state_of_another_form_is_replaced_in_inference_mode_and_changed_outside
     optimizer.step()
 
 
+@pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "foreach"])
-def test_a_parameter_made_in_inference_mode_is_refused_outside(backend):
+def test_a_parameter_made_in_inference_mode_is_refused_outside(backend, stepped):
     with torch.inference_mode():
         p = torch.ones(3)
     q = torch.nn.Parameter(torch.ones(3))
     p.grad, q.grad = torch.ones(3), torch.ones(3)
     optimizer = make("AdaBayesFP", [q, p], backend)
+    with torch.inference_mode():
+        for _ in range(stepped):  # it may be changed here
+            optimizer.step()
+    weights, counts = q.detach().clone(), [int(entry["step"]) for entry in optimizer.state.values()]
     with pytest.raises(RuntimeError, match="was made in inference mode"):
         optimizer.step()
-    assert (q == 1).all()
-    assert not optimizer.state
+    assert torch.equal(q, weights)
+    assert [int(entry["step"]) for entry in optimizer.state.values()] == counts == [1, 1] * stepped
 
 
 def test_a_kernel_is_given_no_foreign_address():
