@@ -82,7 +82,7 @@ def _changes(node: ast.AST) -> list:
         found.append(lambda: put(node, "op", OPERATIONS[type(node.op)]()))
     if isinstance(node, (ast.If, ast.IfExp, ast.While)):
         found.append(lambda: put(node, "test", ast.UnaryOp(ast.Not(), node.test)))
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
         found.append(lambda: put(node, "value", ast.Constant(None)))
     if isinstance(node, ast.Call) and node.keywords:
         found.append(lambda: put(node, "keywords", node.keywords[1:]))
