@@ -26,7 +26,8 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 HERE = Path(__file__).parents[1]
-COPIED = ("adabayes_fused", "triton_kernels", "csrc", "cmake", "tests", "docs", "CMakeLists.txt", "pyproject.toml", "README.md")
+FOLDERS = ("adabayes_fused", "triton_kernels", "csrc", "tests", "bench", "docs", "examples")
+COPIED = (*FOLDERS, "CMakeLists.txt", "pyproject.toml", "README.md")
 STEP = ["errors", "optimizer", "clipping", "state", "batch_size", "memory", "release", "resume", "walk", "interrupts", "fuzz"]
 TESTS = {
     "adabayes_fused/stepper.py": STEP,
@@ -127,7 +128,7 @@ def copied(folder: Path) -> Path:
     for name in COPIED:
         source = HERE / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "fakecuda", "images"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "fakecuda", "images", "results"))
         elif source.exists():
             shutil.copy(source, folder / name)
     return folder
@@ -196,6 +197,9 @@ def main() -> int:
                 for m in drawn:
                     print(f"{path}:{m.line}: {_short(m.before)} -> {_short(m.after)}")
                 continue
+            outcome = tried(Mutant(0, "", "", (HERE / path).read_text()), path, Path(root) / "0", 10 * options.seconds)
+            if outcome != "SURVIVED":
+                parser.error(f"without any fault, the tests of {path} end with: {outcome}")
             with ThreadPoolExecutor(options.jobs) as pool:
                 outcomes = list(pool.map(one, drawn))
             lived = outcomes.count("SURVIVED")
