@@ -12,6 +12,7 @@ RUN := $(VENV)/bin/python
 # The package is copied, so that the module in adabayes_fused/ stays as it is. Python itself is built without the sanitizers and
 # loads ours late, so they go in front of everything; what Python and torch never free is not looked for.
 SANITIZED := build/sanitize
+SANITIZED_CASES ?= 2000
 UNDER_SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" PYTHONPATH=. \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 $(abspath $(VENV))/bin/python
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
@@ -91,8 +92,8 @@ sanitize: $(VENV)/test.stamp  ## C++ tests, random walks, fuzzing and state test
 	cp -r triton_kernels $(SANITIZED)/package/adabayes_fused
 	rm -f $(SANITIZED)/package/adabayes_fused/_native*
 	cp $(SANITIZED)/_native* $(SANITIZED)/package/adabayes_fused
-	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/walk.py --cases 2000
-	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/fuzz.py --cases 2000
+	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/walk.py --cases $(SANITIZED_CASES)
+	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) tests/fuzz.py --cases $(SANITIZED_CASES)
 	cd $(SANITIZED)/package && $(UNDER_SANITIZERS) -m pytest tests/test_state.py tests/test_layouts.py tests/test_errors.py -k 'not triton'
 
 bench: $(VENV)/bench.stamp  ## Steps, memory, kernels and scaling against peers: tables, pictures, results.json in bench/results

@@ -1,4 +1,4 @@
-"""Which versions of Python and torch work: `make matrix`, or `nox -s "tests-3.11(torch='2.15.0')"` for one of them.
+"""Which versions of Python and torch work: `make matrix`, or `nox -s "tests(python='3.11', torch='2.15.0')"` for one of them.
 
 A session builds one wheel for its Python, without torch at hand, and tests it beside the torch it is named after, in a folder
 without the sources. docs/versions.md holds what was found.
