@@ -282,3 +282,15 @@ def test_one_kernel_a_bucket(name, lean, fused):
         found = on_gpu(optimizer.step)
         assert len(found) == count, found
         assert not any(n.startswith("Memcpy") for n in found), found
+
+
+def test_the_cpus_backend_refuses_parameters_on_a_gpu_beside_others():
+    """Its reader knows the CPU's; it leaves the GPU's to the error, rather than out."""
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "cuda")]
+    optimizer = FUSED["AdaBayesFP"](params, backend="cpp")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="on the CPU only"):
+        optimizer.step()
+    assert all((p == 1).all() for p in params)
+    assert not optimizer.state

@@ -94,6 +94,24 @@ def test_gap_between_a_sliced_parameters_elements_is_not_touched(target):
     assert (whole[:, ::2] != 0).all()
 
 
+@pytest.mark.parametrize("kept", ["state and gradient", "state"])
+def test_state_put_in_place_with_the_parameters_own_gaps(kept, target):
+    """Alike in shape and strides, and yet a sweep over their memory would take the gaps for elements."""
+    backend, device = target
+    start, grads = torch.randn(SHAPE, device=device), [torch.randn(SHAPE, device=device) for _ in range(2)]
+    expected, _ = two_steps("AdaBayes", start, grads, backend)
+    p, optimizer = two_steps("AdaBayes", start, grads[:1], backend, sliced)
+    p.grad = sliced(grads[1]) if kept == "state and gradient" else grads[1]
+    state = optimizer.state[p]
+    given = {slot: sliced(state[slot]) for slot in optimizer.algorithm.slots}
+    state.update(given)
+    optimizer.step()
+    assert torch.equal(p, expected)
+    for t in (p.detach(), p.grad, *given.values()):
+        if t.stride() == p.stride():
+            assert (t.as_strided(SHAPE, p.stride(), t.storage_offset() + 1) == 7.0).all()  # the gaps
+
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

@@ -242,13 +242,16 @@ GRIPS = {  # what somebody may hold on to, and how the state can be changed by i
 
 
 @pytest.mark.parametrize("grip", GRIPS)
+@pytest.mark.parametrize("policy", [{}, dict(state_dtype="8bit", lean=True)], ids=["float32", "8bit"])
 @pytest.mark.parametrize("name", FUSED)
-def test_state_changed_through_a_reference_kept_from_before_is_noticed(name, grip, target):
+def test_state_changed_through_a_reference_kept_from_before_is_noticed(name, policy, grip, target, interpreted):
+    if interpreted and policy:
+        pytest.skip("interpreted: float32 alone")
     backend, device = target
     take, change = GRIPS[grip]
     params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((6, 5), (7,), (50, 60))]
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    optimizer, other = make(name, params, backend), make(name, others, backend)
+    optimizer, other = make(name, params, backend, **policy), make(name, others, backend, **policy)
     for seed in (1, 2, 3):
         for draw in (seed, seed + 1):
             train(optimizer, params, 3, draw)
