@@ -26,7 +26,7 @@ wheel_extras := wheel
 matrix_extras := matrix
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lm test fuzz mutate test-gpu-host run-gpu-host sanitize bench paper docs hub wheel matrix lint clean
+.PHONY: help demo lm test fuzz mutate test-gpu-host run-gpu-host sanitizers-there sanitize bench paper docs hub wheel matrix lint clean
 .PRECIOUS: $(VENV)/torch.stamp $(VENV)/%.stamp
 
 help:  ## This list
@@ -79,9 +79,11 @@ $(GPU_HOST_VENV)/gpu-host.stamp:
 	$(GPU_PYTHON) -m pip install $(PIP_FLAGS) cmake ninja numpy psutil pybind11 pytest rich
 	touch $@
 
-sanitize: $(VENV)/test.stamp  ## C++ tests, random walks, fuzzing and state tests under Address- and UndefinedBehaviorSanitizer
+sanitizers-there:
 	@echo 'int main() {}' | $(CXX) -fsanitize=address,undefined -x c++ - -o /dev/null || \
 	  { echo "make sanitize: $(CXX) has no libasan or no libubsan; install them, or name another compiler: CXX=..." >&2; exit 1; }
+
+sanitize: sanitizers-there $(VENV)/test.stamp  ## C++ tests, random walks, fuzzing and state tests under Address- and UndefinedBehaviorSanitizer
 	CXX=$(CXX) $(RUN) -m cmake -S . -B $(SANITIZED) -G Ninja -DADABAYES_SANITIZE=ON -DADABAYES_CUDA=OFF \
 	  -DPython_EXECUTABLE=$(abspath $(RUN))
 	$(RUN) -m cmake --build $(SANITIZED)
