@@ -4,7 +4,7 @@
     python tests/mutate.py csrc/batch.cpp --list
 
 Works in copies of the project, with the compiled module that lies in ``adabayes_fused``. The tests of a file are in ``TESTS``.
-They end at the first that fails, or at ``--seconds``, which counts as noticed.
+They end at the first that fails, or at ``--seconds``: such a fault counts apart, as an endless loop or a slow machine may be behind it.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def main() -> int:
                 parser.error(f"without any fault, the tests of {path} end with: {outcome}")
             with ThreadPoolExecutor(options.jobs) as pool:
                 outcomes = list(pool.map(one, drawn))
-            lived = outcomes.count("SURVIVED")
+            lived, late = outcomes.count("SURVIVED"), outcomes.count("time")
             survived += lived
-            print(f"{path}: {len(drawn)} of {len(found)} mutants, {lived} survived", flush=True)
+            print(f"{path}: {len(drawn)} of {len(found)} mutants, {lived} survived, {late} were ended by --seconds", flush=True)
     return 1 if survived else 0
 
 
