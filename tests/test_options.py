@@ -169,7 +169,7 @@ def test_what_are_no_betas(name, betas):
 
 
 @pytest.mark.parametrize(
-    "lr", [np.ones(2), np.array([]), 1j, np.complex64(1), np.bool_(True), torch.tensor(True), object()], ids=str
+    "lr", [np.ones(2), np.array([]), 1j, np.complex64(1), np.bool_(True), torch.tensor(True), object], ids=str
 )
 def test_what_is_no_number(lr):
     for cls in (FUSED["AdaBayesFP"], SLOW["AdaBayesFP"]):
