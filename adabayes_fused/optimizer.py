@@ -83,7 +83,6 @@ class _FusedOptimizer(Optimizer):
 
     _stepper: Stepper
     _kept_state: defaultdict[Tensor, Any]  # what ``state`` is; under a name of its own, so that nobody reads it past ``state``
-    _state_asked_for = 0  # times
     _before_updates: Callable[[], None] | None  # what is called before each
     # By the id of a group: the group, and the sgd_lr that its r stands for. In the group itself it would be one more key that
     # torch.distributed.checkpoint expects in every checkpoint.
@@ -254,12 +253,12 @@ class _FusedOptimizer(Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """Each parameter's state: ``step`` and the slots. Whoever asks may change it: the next step looks at all of it."""
-        self._state_asked_for += 1
+        self._stepper.forget_state()
         return self._kept_state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._state_asked_for += 1
+        self._stepper.forget_state()
         self._kept_state = state
 
     # --- The step -----------------------------------------------------------------------------------------------------
@@ -323,7 +322,7 @@ class _FusedOptimizer(Optimizer):
         """What a step is given."""
         clipping = Clipping(self.max_grad_norm, self.skip_nonfinite)
         storage = checked_storage(self.lean, self.state_dtype, self.weight_rounding)
-        return Groups(self.param_groups, self._kept_state, self._state_asked_for, self.backend, storage, self.seed, clipping)
+        return Groups(self.param_groups, self._kept_state, self.backend, storage, self.seed, clipping)
 
     def _call_before_updates(self, check: Callable[[], None] | None) -> None:
         """Has each :meth:`step` call ``check`` once its closure has run; None: nothing."""
@@ -345,7 +344,6 @@ class _FusedOptimizer(Optimizer):
         """What is found anew in each process."""
         self._stepper = Stepper(self.algorithm)
         self._before_updates = None
-        self._state_asked_for = 0
         _all.add(self)
 
     # --- Saving and loading -------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ otherwise record nothing of a step that has moved the weights.
 
 from __future__ import annotations
 
+import sys
+import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +54,22 @@ def samples() -> list[tuple[Tensor, int]]:
         t = torch.empty(2, device="cpu", dtype=torch.float32)
         kinds = [t, torch.nn.Parameter(t.clone()), torch._neg_view(t), torch.complex(t, t).conj(), torch._efficientzerotensor(2)]
     return [(t, _keys(t).raw_repr()) for t in kinds]
+
+
+def _uses(t: Tensor) -> tuple[int, ...] | None:
+    """How many hold the storage of ``t``: tensors, objects in Python, weakly too. None where this torch does not count."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = t.untyped_storage()
+    return None if count is None else (count(storage._cdata), sys.getrefcount(storage), weakref.getweakrefcount(storage))
+
+
+with torch.inference_mode(False), _disable_current_modes():
+    _OWN = _uses(torch.empty(1, device="cpu"))
+
+
+def alone(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but references to these tensors leads to their memory, and nothing from them to other objects."""
+    return all(_OWN is not None and _uses(t) == _OWN and not weakref.getweakrefcount(t) and not vars(t) for t in tensors)
 
 
 def ordinary_mode() -> AbstractContextManager[Any]:

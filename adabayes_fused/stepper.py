@@ -39,7 +39,6 @@ class Groups(NamedTuple):
 
     groups: list[dict[str, Any]]
     state: State
-    asked: int  # how often the state has been asked for by others, who may have changed it
     backend: str
     storage: Storage
     seed: int
@@ -93,8 +92,9 @@ class Stepper:
         self.forget_state()
 
     def forget_state(self) -> None:
-        """Has the next step look at all state."""
-        self._reader = None, None
+        """Has the next step look at all state, and lets go of it: others may change it from now on."""
+        if self._reader[1] is not None:
+            self._reader[1].forget()
 
     def step(self, given: Groups, items: list[Item] | None, scaling: Scaling) -> None:
         """Updates every parameter that has a gradient, or ``items``, and counts; changes nothing where it raises."""
@@ -194,7 +194,7 @@ class Stepper:
             return _unread(given) if items is None else items
         held = items is not None or _references(given) > _REFERENCES_OF_ONE
         # A norm sums what is spread over processes apart from what each has whole.
-        batch.begin(self.slabs.all, given.asked, held, given.clipping.reads_gradients_first)
+        batch.begin(self.slabs.all, held, given.clipping.reads_gradients_first)
         if items is not None:
             return [item for item in items if not batch.add(item.param, item.grad, item.state, item.group, None)]
         groups = enumerate(given.groups)
@@ -331,7 +331,7 @@ def _references(given: Groups) -> int:
 def _references_of_one() -> int:
     """What is counted where nobody else holds the state."""
     optimizer = SimpleNamespace(state={})
-    return _references(Groups([], optimizer.state, 0, "", Storage(False), 0, Clipping(None, False)))
+    return _references(Groups([], optimizer.state, "", Storage(False), 0, Clipping(None, False)))
 
 
 _REFERENCES_OF_ONE = _references_of_one()

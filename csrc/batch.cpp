@@ -104,10 +104,11 @@ py::object spec_of(PyObject* dtensor) {
 
 }  // namespace
 
-Batch::Batch(py::tuple slots, py::list layouts, py::object place_of, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types,
-             PlainTensors plain)
+Batch::Batch(py::tuple slots, py::list layouts, py::object place_of, py::object alone, py::tuple tensor_types, py::capsule api,
+             const std::vector<std::string>& device_types, PlainTensors plain)
     : slots_(slots),
       place_of_(place_of),
+      alone_(alone),
       parameter_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[0]).ptr())),
       tensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[1]).ptr())),
       dtensor_type_(reinterpret_cast<PyTypeObject*>(py::object(tensor_types[2]).ptr())),
@@ -132,7 +133,12 @@ Batch::Batch(py::tuple slots, py::list layouts, py::object place_of, py::tuple t
 
 void Batch::clear() {
   reset();
+  forget();
+}
+
+void Batch::forget() {
   ++date_;
+  for (Kept& kept : kept_) kept.own = {};
 }
 
 void Batch::reset() {
@@ -188,7 +194,7 @@ Batch::Launch& Batch::launch_for(const dlpack::Tensor& p, DType param, DType gra
   return launches_.emplace_back(Launch{p.device_type, p.device_id, param, grad, spec, {}});
 }
 
-void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
+void Batch::begin(py::list slabs, bool held, bool apart) {
   reset();
   apart_ = apart;
   // Both types share the getter unless somebody has given Parameter one of its own.
@@ -198,7 +204,7 @@ void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
   const bool shared = found.is(tensor.attr("grad")) && Py_TYPE(found.ptr()) == &PyGetSetDescr_Type;
   grad_ = shared ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset : nullptr;
 
-  bool look = held || held_ || asked != asked_ || slabs.size() != slabs_.size();
+  bool look = held || held_ || slabs.size() != slabs_.size();
   slabs_.resize(slabs.size());
   for (size_t k = 0; k < slabs_.size(); ++k) {
     dlpack::Tensor t;
@@ -208,15 +214,11 @@ void Batch::begin(py::list slabs, int64_t asked, bool held, bool apart) {
     look |= slabs_[k].tensor.ptr() != slab || begin != slabs_[k].begin || end != slabs_[k].end;
     slabs_[k] = {py::reinterpret_borrow<py::object>(slab), begin, end};
   }
-  asked_ = asked, held_ = held;
+  held_ = held;
   if (!look) return;
-  ++date_;
+  forget();
   sorted_slabs_.clear();
-  longest_slab_ = 0;
-  for (const Slab& slab : slabs_) {
-    sorted_slabs_.push_back({slab.begin, slab.end});
-    longest_slab_ = std::max(longest_slab_, slab.end - slab.begin);
-  }
+  for (const Slab& slab : slabs_) sorted_slabs_.push_back({slab.begin, slab.end});
   std::sort(sorted_slabs_.begin(), sorted_slabs_.end());
 }
 
@@ -253,19 +255,26 @@ void Batch::find_place(Kept& kept, const py::object& spec, int64_t numel) const 
   }
 }
 
-// Notes where the state lies, and dates that if it is ours; false if it is not as a kernel takes it.
+// Notes where the state lies, and dates that if it is ours; false if it is not as a kernel takes it. What lies in no slab may be
+// ours at the second look of a date: where others read the state at each step, there is none.
 bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType dtype, const State& state) const {
   const Layout& layout = layouts_[int(dtype)];
-  bool ours = numel_of(p) * size_of(layout.slot[0]) <= longest_slab_ && Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 &&
-              Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  const int64_t date = date_;
+  const bool again = kept.looked == date && kept.param == param;
+  bool ours = Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  std::vector<py::object> own;
   kept.date = kept.seed = kept.correction = 0;
+  kept.looked = date;
+  kept.own = {};
   auto look = [&](PyObject* like_param, DType stored, int64_t& address) {
     dlpack::Tensor s;
     ours = ours && Py_REFCNT(like_param) == 1;  // before `part` is one more
     const py::object part = part_of(like_param, param);
     if (!part || !describe(part.ptr(), s) || dtype_of(s) != stored || !same_place(p, s)) return false;
     address = address_of(s);
-    ours = ours && in_slab(address);
+    if (!ours || in_slab(address)) return true;
+    ours = again;
+    if (ours) own.push_back(part);
     return true;
   };
   for (size_t k = 0; k < slots_.size(); ++k)
@@ -278,9 +287,16 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
   }
   if (!kept.step || (layout.random && !kept.seed)) return false;
   if (!ours || !in_slab(kept.step)) return true;
-  kept.date = date_;
   kept.place.ndim = p.ndim, kept.place.device_type = p.device_type, kept.place.device_id = p.device_id, kept.place.dtype = dtype;
   std::copy_n(p.shape, p.ndim, kept.place.shape), std::copy_n(p.strides, p.ndim, kept.place.strides);
+  py::object owned;
+  if (!own.empty()) {
+    owned = py::cast(own);
+    own.clear();
+    if (!alone_(owned).cast<bool>()) return true;
+  }
+  kept.date = date;  // somebody may have asked for the state since
+  kept.own = std::move(owned);
   return true;
 }
 

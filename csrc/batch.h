@@ -16,20 +16,23 @@ class Batch {
  public:
   // `slots`: names of the state tensors, in the rule's order; `layouts`: for each dtype of parameters, how their state is stored
   // (adabayes_fused.codes.Layout): the numbers of the slots' dtypes, of the correction's or -1, and whether there is a seed; None
-  // where none is. `place_of`: first, run and stride of a row, of a DTensor's spec. `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
+  // where none is. `place_of`: first, run and stride of a row, of a DTensor's spec. `alone`: whether nothing but references to
+  // some tensors leads to their memory. `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
   // when they are these very types and plain, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda",
   // the devices whose backend reads a table.
-  Batch(py::tuple slots, py::list layouts, py::object place_of, py::tuple tensor_types, py::capsule api, const std::vector<std::string>& device_types,
-        PlainTensors plain);
+  Batch(py::tuple slots, py::list layouts, py::object place_of, py::object alone, py::tuple tensor_types, py::capsule api,
+        const std::vector<std::string>& device_types, PlainTensors plain);
 
   // Forgets a step that failed, and what was known of the state.
   void clear();
 
+  // Has the next step look at all state, and lets go of it: somebody has asked for it.
+  void forget();
+
   // Begins a step. `apart`: DTensors of one mesh and placements have launches of their own. `slabs`: the optimizer's own memory
-  // for small state, one tensor each. `asked`: how often the state has been asked for. State that lay in a slab, and that nobody
-  // else could reach when it was looked at, is looked at again once it has been asked for, if `held` (somebody has it now, or had
-  // it in the step before), or if a slab's memory has been replaced.
-  void begin(py::list slabs, int64_t asked, bool held, bool apart);
+  // for small state, one tensor each. State that nobody else could reach when it was looked at is looked at again once it has been
+  // forgotten, if `held` (somebody has it now, or had it in the step before), or if a slab's memory has been replaced.
+  void begin(py::list slabs, bool held, bool apart);
 
   // Takes every parameter whose gradient and state are plain, dense and alike in layout. Returns the positions of
   // those with a gradient that are not: no state yet, another layout, dtype, device or tensor type.
@@ -66,14 +69,15 @@ class Batch {
   };
 
   // What is known of a parameter from step to step. It holds while `date` is the present one: then its state lay in slabs,
-  // which `slabs_` keeps alive, nobody but the optimizer had references to it, and nobody can have got any since. `param` is
-  // alive as long, being a key of that state; it is compared, never followed.
+  // which `slabs_` keeps alive, or in tensors that are `own`; nobody but the optimizer had references to it, and nobody can have
+  // got any since. `param` is alive as long, being a key of that state; it is compared, never followed.
   struct Kept {
-    int64_t date = 0;
+    int64_t date = 0, looked = 0;  // of the last look
     PyObject* param = nullptr;
     Place place;  // the state's and the parameter's
     int64_t step = 0, seed = 0, correction = 0;
     int64_t slot[kMaxSlots] = {};
+    py::object own;   // state that lies in no slab
     py::object spec;  // of a DTensor, whose
     int64_t first = 0, run = 0, stride = 0;  // these are
   };
@@ -100,7 +104,7 @@ class Batch {
 
   py::tuple slots_;
   Layout layouts_[4];  // by the parameters' dtype
-  py::object place_of_;
+  py::object place_of_, alone_;
   const PyTypeObject *parameter_type_, *tensor_type_, *dtensor_type_;
   const dlpack::Api* api_;  // static in torch
   PlainTensors plain_;
@@ -110,8 +114,7 @@ class Batch {
   std::vector<py::object> specs_;  // of mesh and placements that differ; a launch's `spec` is a place here, or -1
   std::vector<Slab> slabs_;                                 // in the optimizer's order
   std::vector<std::pair<int64_t, int64_t>> sorted_slabs_;   // their addresses
-  int64_t longest_slab_ = 0;                                // bytes: what is longer lies in none
-  int64_t date_ = 1, asked_ = -1;                           // of what is known now; `asked` of the step before
+  int64_t date_ = 1;                                        // of what is known now
   bool held_ = true;                                        // of the step before: what was looked at then could be changed since
   int64_t looked_at_ = 0;
   std::vector<Kept> kept_;  // by position in the optimizer's groups

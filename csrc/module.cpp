@@ -48,9 +48,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("plain_tensors", [](py::list samples, uint64_t plain, uint64_t device_bits, py::object is_plain) {
     return std::make_unique<PlainTensors>(samples, plain, device_bits, is_plain);
   });
-  m.def("batch", [](py::tuple slots, py::list layouts, py::object place_of, py::tuple tensor_types, py::capsule api,
+  m.def("batch", [](py::tuple slots, py::list layouts, py::object place_of, py::object alone, py::tuple tensor_types, py::capsule api,
                     const std::vector<std::string>& device_types, const PlainTensors& plain) {
-    return std::make_unique<Batch>(slots, layouts, place_of, tensor_types, api, device_types, plain);
+    return std::make_unique<Batch>(slots, layouts, place_of, alone, tensor_types, api, device_types, plain);
   });
 
   py::class_<PlainTensors>(m, "PlainTensors")
@@ -58,6 +58,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<Batch>(m, "Batch")
       .def("clear", &Batch::clear)
+      .def("forget", &Batch::forget)
       .def("begin", &Batch::begin)
       .def("read", &Batch::read)
       .def("add", &Batch::add)

@@ -4,7 +4,7 @@
     python tests/mutate.py csrc/batch.cpp --list
 
 Works in copies of the project, with the compiled module that lies in ``adabayes_fused``. The tests of a file are in ``TESTS``.
-They end at the first that fails, or at ``--seconds``: such a fault counts apart, as an endless loop or a slow machine may be behind it.
+They end at the first that fails, or at ``--seconds``: such a fault counts apart, as a slow machine may be the reason.
 """
 
 from __future__ import annotations

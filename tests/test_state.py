@@ -1,8 +1,10 @@
 """Saving and loading: bit for bit, on any backend, in our dtypes whatever the parameters'."""
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -223,6 +225,8 @@ def moved(entry):
         value.data = value.data.clone()
 
 
+LARGE = torch.Size((130, 130))  # whose state, of 8 bit too, lies in no slab
+OF_LARGE = ("memory that is no slab's", "a storage that is no slab's", "weak references")
 GRIPS = {  # what somebody may hold on to, and how the state can be changed by it without asking for optimizer.state again
     "the state": (lambda state, p: state, replaced),
     "a view of it": (lambda state, p: state.values(), lambda view, p: [moved(entry) for entry in view]),
@@ -238,6 +242,18 @@ GRIPS = {  # what somebody may hold on to, and how the state can be changed by i
         lambda state, p: [v.data for v in state[p].values() if v.numel() == 3000],
         lambda tensors, p: [t.share_memory_() for t in tensors],
     ),
+    "memory that is no slab's": (
+        lambda state, p: [v.data for v in state[p].values() if v.numel() == LARGE.numel()],
+        lambda tensors, p: [t.share_memory_() for t in tensors],
+    ),
+    "a storage that is no slab's": (
+        lambda state, p: [v.untyped_storage() for v in state[p].values() if v.numel() == LARGE.numel()],
+        lambda storages, p: [storage.share_memory_() for storage in storages],
+    ),
+    "weak references": (
+        lambda state, p: [weakref.ref(v) for v in state[p].values() if v.numel() == LARGE.numel()],
+        lambda references, p: [reference().share_memory_() for reference in references],
+    ),
 }
 
 
@@ -245,11 +261,12 @@ GRIPS = {  # what somebody may hold on to, and how the state can be changed by i
 @pytest.mark.parametrize("policy", [{}, dict(state_dtype="8bit", lean=True)], ids=["float32", "8bit"])
 @pytest.mark.parametrize("name", FUSED)
 def test_state_changed_through_a_reference_kept_from_before_is_noticed(name, policy, grip, target, interpreted):
-    if interpreted and policy:
-        pytest.skip("interpreted: float32 alone")
+    if interpreted and (policy or grip in OF_LARGE):
+        pytest.skip("interpreted: float32 and small parameters alone")
     backend, device = target
     take, change = GRIPS[grip]
-    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((6, 5), (7,), (50, 60))]
+    shapes = [(6, 5), (7,), (50, 60), *([] if interpreted else [LARGE])]
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     optimizer, other = make(name, params, backend, **policy), make(name, others, backend, **policy)
     for seed in (1, 2, 3):
@@ -367,6 +384,43 @@ def test_state_that_nobody_else_holds_is_looked_at_once():
         found.append(optimizer._stepper._reader[1].looked_at())
     assert held is None
     assert found == [50, 50, 0, 50, 50, 1]  # made; first seen; asked for; asked for and one held; that one
+
+
+def test_large_state_that_nobody_else_holds_is_looked_at_twice():
+    params = [torch.nn.Parameter(torch.ones(LARGE)) for _ in range(3)]
+    optimizer = make("AdaBayes", params, "cpp")
+    found = []
+    for t in range(11):
+        for p in params:
+            p.grad = torch.ones(LARGE)
+        if t == 4:
+            assert len(optimizer.state) == 3
+        held = optimizer.state[params[0]]["prior_var"].data if t == 7 else None
+        optimizer.step()
+        found.append(optimizer._stepper._reader[1].looked_at())
+    assert held is None
+    assert found == [3, 3, 3, 0, 3, 3, 0, 3, 3, 0, 0]  # made, seen twice; asked for; asked for and one held
+
+
+@pytest.mark.parametrize("shape", [(5,), LARGE], ids=["small", "large"])
+def test_state_that_is_taken_away_is_let_go_of_at_once(shape):
+    p = torch.nn.Parameter(torch.ones(shape))
+    optimizer = make("AdaBayes", [p], "auto")
+    train(optimizer, [p], 5, seed=1)
+    state = [weakref.ref(t) for t in optimizer.state.pop(p).values()]
+    assert [t() for t in state] == [None] * len(state)
+
+
+def test_state_that_leads_to_its_optimizer_is_collected_with_it():
+    p = torch.nn.Parameter(torch.ones(LARGE))
+    optimizer = make("AdaBayes", [p], "auto")
+    train(optimizer, [p], 1, seed=1)
+    optimizer.state[p]["exp_avg"].optimizer = optimizer
+    train(optimizer, [p], 5, seed=1)
+    collected = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert collected() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])

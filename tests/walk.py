@@ -31,6 +31,7 @@ from adabayes_fused.codes import WEIGHT_ROUNDINGS
 
 F32, F64, F16, BF16, C64 = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64
 SHAPES = ((3,), (), (4, 3), (1,), (2, 0), (0,), (1, 5), (5, 1), (2, 3, 2), (17,), (1, 1), (65,))
+SHAPES += ((130, 130),)  # whose state lies in no slab
 LAYOUTS = ("plain", "plain", "plain", "transposed", "gapped", "piece", "odd")
 LAZY = ("expanded", "negated", "imaginary", "conjugated")
 FILLER = 7.0  # what lies in the gaps of parameters and in memory that is not ours

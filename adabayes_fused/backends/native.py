@@ -68,7 +68,7 @@ def new_batch(algorithm: Algorithm, storage: Storage, device_types: set[str], dt
         return None
     slots, layouts = algorithm.stored(storage.lean), described(storage, algorithm)
     types = (torch.nn.Parameter, torch.Tensor, dtensor)
-    return module.batch(slots, layouts, place_of, types, api, sorted(device_types), _plain_tensors)
+    return module.batch(slots, layouts, place_of, plain.alone, types, api, sorted(device_types), _plain_tensors)
 
 
 def bucket(launch: Launch, rows: int, numbers: int) -> tuple[int, ...]:
