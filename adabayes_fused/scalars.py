@@ -130,7 +130,8 @@ def on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
     """A one-element tensor there, as a 0-dim tensor of ``dtype``, waited for only where the CPU is to read it; None as it
     is; another number as a float."""
     if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+        number = value.detach() if not value.dim() else value.detach().reshape(())
+        return number.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
     return None if value is None else float(value)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms import Algorithm
+from ..codes import Storage
 from . import native
 from .launch import CANNOT_LOAD, Copies, Launch, Undecided, in_turn
 
@@ -21,6 +23,9 @@ CHUNK = 8192  # elements a program updates
 BLOCK = 1024  # elements at a time
 EVICT = ""  # or "evict_first": which data leaves the cache first
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # no contraction: the same bits as the other backends
+
+
+_loaded: set[tuple[Any, ...]] = set()  # kernels that update parameters
 
 
 def interpreted() -> bool:
@@ -73,26 +78,39 @@ def _named(dtype: torch.dtype) -> Any:
 
 
 def constants(launch: Launch, lanes: int = 64 if torch.version.hip else 32) -> dict[str, Any]:
-    """The compile-time arguments of ``multi_tensor`` for a launch, on GPUs whose warps have so many lanes."""
+    """The compile-time arguments of ``multi_tensor`` for a launch, on GPUs whose warps have so many lanes. Not to be changed."""
+    return _constants(launch.algorithm, launch.storage, launch.param_dtype, launch.grad_dtype, launch.far, lanes, CHUNK)
+
+
+@functools.cache
+def _constants(
+    algorithm: Algorithm,
+    storage: Storage,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    far: bool,
+    lanes: int,
+    chunk: int,
+) -> dict[str, Any]:
     from ..triton_kernels.rules import RULES
 
-    algorithm, layout = launch.algorithm, launch.layout
-    widest = max(dtype.itemsize for dtype in (launch.param_dtype, launch.grad_dtype, *layout.dtypes))
+    layout = storage.layout(algorithm, param_dtype)
+    widest = max(dtype.itemsize for dtype in (param_dtype, grad_dtype, *layout.dtypes))
     return dict(
         RULE=RULES[algorithm.name],
         CORRECTED=sum(1 << i for i, _ in algorithm.corrected),
-        READS=algorithm.lean if launch.storage.lean else algorithm.reads,
+        READS=algorithm.lean if storage.lean else algorithm.reads,
         SLOTS=len(layout.slots),
-        PARAM=_named(launch.param_dtype),
-        GRAD=_named(launch.grad_dtype),
-        STATE=_named(torch.promote_types(launch.param_dtype, torch.float32)),
+        PARAM=_named(param_dtype),
+        GRAD=_named(grad_dtype),
+        STATE=_named(torch.promote_types(param_dtype, torch.float32)),
         STORED=tuple(map(_named, layout.dtypes[:2])),
         CODE=layout.state,
         WEIGHT=layout.weight,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         BLOCK=max(BLOCK, 16 // widest * OPTIONS["num_warps"] * lanes),  # 16 bytes a thread of the widest stream
         EVICT=EVICT,
-        FAR=launch.far,
+        FAR=far,
     )
 
 
@@ -162,7 +180,11 @@ def _prepare(launch: Launch) -> Callable[[], None]:
             )
 
     if not interpreted():
-        with _on(launch.device):  # compiles, if it has to, before anything is changed
-            arguments = table.rows, table.chunks, table.tickets, launch.packed, launch.packed
-            load(multi_tensor, arguments, dict(DECIDED=launch.decides, **keywords))
+        arguments = table.rows, table.chunks, table.tickets, launch.packed, launch.packed
+        # What Triton compiles apart: `keywords` are kept, so that their identity tells them.
+        kind = launch.device, launch.decides, id(keywords), *(t.data_ptr() % 16 == 0 for t in arguments)
+        if kind not in _loaded:  # before anything is changed
+            with _on(launch.device):
+                load(multi_tensor, arguments, dict(DECIDED=launch.decides, **keywords))
+            _loaded.add(kind)
     return run
