@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from operator import is_
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import Algorithm, pair, python_number
+from .plain import ordinary_mode
 from .table import NUMBERS, Mirror
 
 SCALARS = ("lr", "r", "batch_size", "weight_decay", "eps", "first_prior")  # numbers or one-element tensors; betas too
@@ -49,7 +49,7 @@ class Numbers:
         self._known: dict[int, tuple[dict[str, Any], tuple[Any, ...], tuple[float, ...] | None]] = {}
         self._packed: tuple[tuple[Any, ...], float, array[float]] = (), 0.0, array("d")
         self._mirrors: dict[torch.device, Mirror] = {}
-        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._there: dict[torch.device, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
 
     def __contains__(self, group: dict[str, Any]) -> bool:
         found = self._known.get(id(group))
@@ -103,17 +103,15 @@ class Numbers:
         words = mirror.of(known, device, lambda: torch.frombuffer(bytearray(known), dtype=torch.int64), kept_alive)[0]
         found = self._there.get(device)
         if found is None or found[0] is not words:
-            found = self._there[device] = words, words.view(torch.float64).view(-1, NUMBERS)
-        there = found[1]
-        for g, row in enumerate(rows):
-            if type(row) is tuple:
-                continue
-            for is_tensor, run in groupby(enumerate(row), lambda entry: isinstance(entry[1], Tensor)):
-                if is_tensor:
-                    first, *others = run
-                    values = [value for _, value in (first, *others)]
-                    torch.stack(values, out=there[g, first[0] : first[0] + len(values)])
-        return there
+            with ordinary_mode():
+                there = words.view(torch.float64)
+                found = self._there[device] = words, there.view(-1, NUMBERS), there.unbind()
+        lists = [(NUMBERS * g, row) for g, row in enumerate(rows) if type(row) is list]
+        computed = [(found[2][first + i], x) for first, row in lists for i, x in enumerate(row) if isinstance(x, Tensor)]
+        if computed:
+            numbers, values = zip(*computed, strict=True)
+            torch._foreach_copy_(list(numbers), list(values))
+        return found[1]
 
 
 def _number(value: Any) -> Any:
@@ -137,6 +135,8 @@ def on(device: torch.device, value: Any, dtype: torch.dtype) -> Any:
 
 def _as_known(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A tensor on the CPU as a float, beside an accelerator; another on ``device``."""
+    if type(value) is float:  # nearly always, at each step
+        return value
     known = isinstance(value, Tensor) and value.device.type == "cpu" and device.type != "cpu"
     return float(value) if known else on(device, value, dtype)
 

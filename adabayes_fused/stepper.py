@@ -125,7 +125,7 @@ class Stepper:
     ) -> Callable[[], None] | None:
         """All of a step up to its launches. Returns the function that makes them; None where the step is to be skipped."""
         left = self._read(given, batch, items)
-        if _capturing() and any(group["capturable"] for group in given.groups):
+        if capturing() and any(group["capturable"] for group in given.groups):
             _check_capture(given, left)
         prepared = self._prepare(given, left, before) if left else []
         if before and items is None and _only_makes_state(given, prepared, before):
@@ -254,7 +254,7 @@ class Stepper:
                 self._skipped = on(home, self._skipped, torch.int64)
         decision = clipping.decide(launches, given, scaling, self._skipped)
         self._norm = decision if given.reads_gradients_first else None
-        if _capturing():
+        if capturing():
             self._kept_alive += [self._skipped, *(launch.table.sums for launch in launches if launch.table is not None)]
         for launch in launches:
             launch.decision = decision if launch.device == home else decision.to(launch.device, non_blocking=True)
@@ -302,7 +302,7 @@ def _only_makes_state(given: Groups, prepared: list[Prepared], before: Before) -
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0 for lr in lrs):
         return False
     created = [p for p, was in before.items() if was is None]
-    if not created or watched() or _capturing() or len(created) < len(given.state):
+    if not created or watched() or capturing() or len(created) < len(given.state):
         return False
     # A process that holds only zeros of it, or nothing, must not take a first step of warm-up for that.
     nonzero: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -337,7 +337,8 @@ def _references_of_one() -> int:
 _REFERENCES_OF_ONE = _references_of_one()
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a CUDA graph captures what is launched on the current stream."""
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return begun and torch.cuda.is_current_stream_capturing()
 
