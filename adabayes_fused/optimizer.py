@@ -287,21 +287,25 @@ class _FusedOptimizer(Optimizer):
             >>> bool((weight < 1).all())
             True
         """
-        # torch's check takes a tenth of a step on one tensor.
-        on_xpu = torch.xpu.is_initialized()  # type: ignore[no-untyped-call]
-        if on_xpu or capturing() or any(group["capturable"] for group in self.param_groups):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._may_be_captured():
             self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if compiling:
             from . import operators
 
             operators.trace(self)
         else:
             self._step()
         return loss
+
+    def _may_be_captured(self) -> bool:
+        """Whether torch's check for a graph under capture, a tenth of a step on one tensor, has anything to say."""
+        on_xpu: bool = torch.xpu.is_initialized()  # type: ignore[no-untyped-call]
+        return on_xpu or capturing() or any(group["capturable"] for group in self.param_groups)
 
     def _step(self, items: list[Item] | None = None) -> None:
         """A step on every parameter with a gradient, or on these."""

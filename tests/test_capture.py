@@ -30,7 +30,7 @@ def draw(params, t):
 @pytest.fixture
 def capturing(monkeypatch):
     """As far as the step can tell; torch would look for a driver if it were told so itself."""
-    monkeypatch.setattr(stepper, "_capturing", lambda: True)
+    monkeypatch.setattr(stepper, "capturing", lambda: True)
 
 
 @pytest.mark.parametrize("name", FUSED)
