@@ -300,7 +300,7 @@ def test_a_parameter_that_joins_later_counts():
 def test_a_step_under_capture_counts(monkeypatch):
     """A graph of a step that does nothing would be of no use, and a captured stream cannot be waited for."""
     optimizer, params = small("AdaBayes", (0.0, 0.0), (0.0, 0.0))
-    monkeypatch.setattr(stepper, "_capturing", lambda: True)
+    monkeypatch.setattr(stepper, "capturing", lambda: True)
     optimizer.step()
     assert [optimizer.state[p]["step"] for p in params] == [1, 1]
 
