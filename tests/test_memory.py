@@ -1,6 +1,7 @@
 """What a kernel may be given the address of: memory that holds the tensor's values, that is owned, and that nothing watches."""
 
 import gc
+import sys
 import weakref
 
 import numpy
@@ -420,6 +421,35 @@ def test_the_compiled_module_and_python_agree_on_what_is_plain(found):
 
 
 # --- Who holds what -------------------------------------------------------------------------------------------------------
+
+
+LEADS = {  # what somebody may have made of a tensor, through which its memory can be reached or replaced
+    "a reference": lambda t: t,
+    "a weak reference": weakref.ref,
+    "a detached tensor": lambda t: t.data,
+    "a view": lambda t: t[3:],
+    "its storage": lambda t: t.untyped_storage(),
+    "a weak reference to its storage": lambda t: weakref.ref(t.untyped_storage()),
+    "an array": lambda t: t.numpy(),
+    "a capsule": lambda t: t.__dlpack__(),
+    "a tensor by DLPack": torch.from_dlpack,
+    "a graph that saved it": lambda t: torch.ones_like(t).requires_grad_() * t,
+    "an attribute": lambda t: setattr(t, "owner", LEADS),
+}
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_what_leads_to_a_tensors_memory_is_noticed(lead):
+    """By the count of references, which the reader compares itself, or by ``alone``."""
+    t = torch.ones(20_000)
+    references = sys.getrefcount(t)
+    assert plain.alone([t])
+    held = LEADS[lead](t)
+    assert not (plain.alone([t]) and sys.getrefcount(t) == references)
+    del held
+    vars(t).clear()
+    assert plain.alone([t])
+    assert sys.getrefcount(t) == references
 
 
 @pytest.mark.parametrize("name", FUSED)
