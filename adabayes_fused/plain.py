@@ -68,8 +68,9 @@ with torch.inference_mode(False), _disable_current_modes():
 
 
 def alone(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing but references to these tensors leads to their memory, and nothing from them to other objects."""
-    return all(_OWN is not None and _uses(t) == _OWN and not weakref.getweakrefcount(t) and not vars(t) for t in tensors)
+    """Whether nothing but references to these tensors, weak ones too, leads to their memory, and nothing from them to other
+    objects."""
+    return all(_OWN is not None and _uses(t) == _OWN and not vars(t) for t in tensors)
 
 
 def ordinary_mode() -> AbstractContextManager[Any]:

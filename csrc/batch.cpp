@@ -81,6 +81,12 @@ bool is_at(const Place& kept, const dlpack::Tensor& t, DType dtype) {
 
 bool is_gpu(const dlpack::Tensor& t) { return t.device_type == dlpack::kCUDA || t.device_type == dlpack::kROCM; }
 
+// Whether there is one reference to a tensor, and no weak one.
+bool held_once(PyObject* tensor) {
+  const Py_ssize_t offset = Py_TYPE(tensor)->tp_weaklistoffset;
+  return Py_REFCNT(tensor) == 1 && !(offset && *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset));
+}
+
 // Looks `tensor` up by its identity, which is what torch hashes it by, without the call into Python that hashing is.
 PyObject* entry_of(PyObject* state, PyObject* tensor) {
   PyObject* entry = _PyDict_GetItem_KnownHash(state, tensor, Py_hash_t(reinterpret_cast<intptr_t>(tensor)));
@@ -261,14 +267,14 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
   const Layout& layout = layouts_[int(dtype)];
   const int64_t date = date_;
   const bool again = kept.looked == date && kept.param == param;
-  bool ours = Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && Py_REFCNT(state.step) == 1 && p.ndim <= kKeptDims;
+  bool ours = Py_TYPE(param) != dtensor_type_ && Py_REFCNT(state.entry) == 1 && held_once(state.step) && p.ndim <= kKeptDims;
   std::vector<py::object> own;
   kept.date = kept.seed = kept.correction = 0;
   kept.looked = date;
   kept.own = {};
   auto look = [&](PyObject* like_param, DType stored, int64_t& address) {
     dlpack::Tensor s;
-    ours = ours && Py_REFCNT(like_param) == 1;  // before `part` is one more
+    ours = ours && held_once(like_param);  // before `part` is one more
     const py::object part = part_of(like_param, param);
     if (!part || !describe(part.ptr(), s) || dtype_of(s) != stored || !same_place(p, s)) return false;
     address = address_of(s);
@@ -283,7 +289,7 @@ bool Batch::look_at(Kept& kept, PyObject* param, const dlpack::Tensor& p, DType 
   kept.step = number_at(state.step, DType::f32, p);
   if (layout.random) {
     kept.seed = number_at(state.seed, DType::i64, p);
-    ours = ours && Py_REFCNT(state.seed) == 1 && in_slab(kept.seed);
+    ours = ours && held_once(state.seed) && in_slab(kept.seed);
   }
   if (!kept.step || (layout.random && !kept.seed)) return false;
   if (!ours || !in_slab(kept.step)) return true;

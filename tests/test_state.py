@@ -226,7 +226,7 @@ def moved(entry):
 
 
 LARGE = torch.Size((130, 130))  # whose state, of 8 bit too, lies in no slab
-OF_LARGE = ("memory that is no slab's", "a storage that is no slab's", "weak references")
+OF_LARGE = ("memory that is no slab's", "a storage that is no slab's")
 GRIPS = {  # what somebody may hold on to, and how the state can be changed by it without asking for optimizer.state again
     "the state": (lambda state, p: state, replaced),
     "a view of it": (lambda state, p: state.values(), lambda view, p: [moved(entry) for entry in view]),
@@ -251,8 +251,8 @@ GRIPS = {  # what somebody may hold on to, and how the state can be changed by i
         lambda storages, p: [storage.share_memory_() for storage in storages],
     ),
     "weak references": (
-        lambda state, p: [weakref.ref(v) for v in state[p].values() if v.numel() == LARGE.numel()],
-        lambda references, p: [reference().share_memory_() for reference in references],
+        lambda state, p: [weakref.ref(v) for v in state[p].values()],
+        lambda references, p: [setattr(v(), "data", v().data.clone()) for v in references],
     ),
 }
 

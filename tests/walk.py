@@ -31,7 +31,7 @@ from adabayes_fused.codes import WEIGHT_ROUNDINGS
 
 F32, F64, F16, BF16, C64 = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64
 SHAPES = ((3,), (), (4, 3), (1,), (2, 0), (0,), (1, 5), (5, 1), (2, 3, 2), (17,), (1, 1), (65,))
-SHAPES += ((130, 130),)  # whose state lies in no slab
+LARGE = ((130, 130), (16400,))  # whose state lies in no slab
 LAYOUTS = ("plain", "plain", "plain", "transposed", "gapped", "piece", "odd")
 LAZY = ("expanded", "negated", "imaginary", "conjugated")
 FILLER = 7.0  # what lies in the gaps of parameters and in memory that is not ours
@@ -206,7 +206,7 @@ class Walk:
         if self.coded:
             self.dtypes = [F32, F32, BF16]
         shapes = {
-            "few": [draw.choice(SHAPES) for _ in range(draw.choice((1, 2, 2, 3, 4)))],
+            "few": [draw.choice(LARGE if self.chance(0.2) else SHAPES) for _ in range(draw.choice((1, 2, 2, 3, 4)))],
             "slabs": [draw.choice(((4000,), (4000,), (2000,), (40, 100)))] * draw.randint(14, 24),  # a slab for a slot or two
             "thousands": [draw.choice(((16,), (3,), ()))] * draw.randint(1100, 1700),
         }[self.many]
@@ -421,6 +421,12 @@ class Walk:
                 side.grips.append((what, GRIPS[what][0](side.optimizer.state, side.params[i])))
 
         self.both(act)
+        if self.chance(0.4):  # while nobody asks for the state
+            for _ in range(3):
+                self.step("all")
+            self.note("what is held is changed")
+            self.change_what_is_held()
+            self.step("all")
 
     def change_what_is_held(self):
         def act(side):
@@ -714,6 +720,14 @@ GRIPS = {  # what somebody holds on to, and what is done to it later
     "its data": (
         lambda state, p: [v.data for v in state[p].values() if isinstance(v, torch.Tensor)],
         lambda ts: [t.share_memory_() for t in ts],
+    ),
+    "its large storages": (  # a slab that moved would have all state looked at
+        lambda state, p: [v.untyped_storage() for v in state[p].values() if isinstance(v, torch.Tensor) and v.numel() > 16_384],
+        lambda storages: [storage.share_memory_() for storage in storages],
+    ),
+    "weak references": (
+        lambda state, p: [weakref.ref(v) for v in state[p].values() if isinstance(v, torch.Tensor)],
+        lambda references: [setattr(v(), "data", v().data.clone()) for v in references if v() is not None],
     ),
 }
 
