@@ -17,9 +17,9 @@ class Batch {
   // `slots`: names of the state tensors, in the rule's order; `layouts`: for each dtype of parameters, how their state is stored
   // (adabayes_fused.codes.Layout): the numbers of the slots' dtypes, of the correction's or -1, and whether there is a seed; None
   // where none is. `place_of`: first, run and stride of a row, of a DTensor's spec. `alone`: whether nothing but references to
-  // some tensors leads to their memory. `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here
-  // when they are these very types and plain, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda",
-  // the devices whose backend reads a table.
+  // some tensors leads to their memory. `tensor_types`: (torch.nn.Parameter, torch.Tensor), taken here when
+  // they are these very types and plain, and DTensor or None, whose local part is taken; `device_types`: "cpu", "cuda", the devices
+  // whose backend reads a table.
   Batch(py::tuple slots, py::list layouts, py::object place_of, py::object alone, py::tuple tensor_types, py::capsule api,
         const std::vector<std::string>& device_types, PlainTensors plain);
 

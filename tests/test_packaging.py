@@ -65,6 +65,7 @@ def needs(*programs):
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)} on PATH")
 
 
+@needs("git")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
 def test_the_repository_holds_what_was_written_and_measured():
     """Not what was downloaded or built."""

@@ -23,8 +23,6 @@ CHUNK = 8192  # elements a program updates
 BLOCK = 1024  # elements at a time
 EVICT = ""  # or "evict_first": which data leaves the cache first
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # no contraction: the same bits as the other backends
-
-
 _loaded: set[tuple[Any, ...]] = set()  # kernels that update parameters
 
 
