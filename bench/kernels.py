@@ -1,7 +1,8 @@
 """What the compilers make of the GPU kernels, for GPUs this machine need not have: registers, spills, width of accesses.
 
-``python -m bench kernels`` shows it. As a script, ``python -m bench.kernels TARGET FOLDER`` compiles Triton's cases for one
-target and writes FOLDER/kernels.json: a process that interprets Triton's kernels (TRITON_INTERPRET=1) cannot compile them.
+``python -m bench kernels`` shows it. As a script, ``python -m bench.kernels TARGET FOLDER N`` compiles every N-th of Triton's
+cases for one target and writes FOLDER/kernels.json: a process that interprets Triton's kernels (TRITON_INTERPRET=1) cannot
+compile them.
 """
 
 from __future__ import annotations
@@ -95,14 +96,14 @@ def compile_deciding(target) -> None:
         compile_kernel(target, multi_tensor.decide, numbers | dict(decision="*fp64", skipped="*i64"), constants)
 
 
-def compile_all(target_name: str, folder: Path) -> None:
-    """Compiles every case for a target; writes its facts and its code as JSON."""
+def compile_all(target_name: str, folder: Path, every: int) -> None:
+    """Compiles every case, or every so many, for a target; writes its facts and its code as JSON."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
     out = {}
     compile_deciding(GPUTarget(*TARGETS[target_name]))
-    for case in CASES:
+    for case in CASES[::every]:
         kernel, facts = compile_case(GPUTarget(*TARGETS[target_name]), *case)
         facts |= dict(ttgir=kernel.asm["ttgir"], asm=kernel.asm.get("ptx") or kernel.asm["amdgcn"], usage="")
         if "cubin" in kernel.asm:
@@ -113,10 +114,10 @@ def compile_all(target_name: str, folder: Path) -> None:
     (folder / "kernels.json").write_text(json.dumps(out))
 
 
-def compile_apart(target_name: str, folder: Path) -> dict[str, dict]:
+def compile_apart(target_name: str, folder: Path, every: int = 1) -> dict[str, dict]:
     """``compile_all`` in a process of its own. Raises RuntimeError with what it printed."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, "-m", "bench.kernels", target_name, str(folder)]
+    command = [sys.executable, "-m", "bench.kernels", target_name, str(folder), str(every)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -247,4 +248,4 @@ def measure(compiler: str, target: str, options: Namespace, tell: Tell) -> list[
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1], Path(sys.argv[2]))
+    compile_all(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

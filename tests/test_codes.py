@@ -5,13 +5,13 @@ import copy
 import io
 import itertools
 import math
-import multiprocessing
 import pickle
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from processes import FORKED
 from runs import FUSED, SHAPES
 from torch import nn
 
@@ -369,7 +369,7 @@ def shards_of(kind, rank, world):
 def test_shards_are_rounded_as_the_whole(kind):
     """Even, uneven and empty ones. Each in a Python of its own: torch remembers what it was told of a mesh."""
     world = math.prod(placements(kind)[0])
-    with ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(world, FORKED) as pool:
         for differ, checked in pool.map(shards_of, [kind] * world, range(world), [world] * world):
             assert not differ
             assert checked

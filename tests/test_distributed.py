@@ -4,13 +4,11 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
 CASES = {
@@ -29,19 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def launch(processes, folder):
-    """Runs these processes' cases; returns {case: what each process found}."""
-    here = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
-    arguments = ["--standalone", "--nproc_per_node", str(processes), WORKER, folder, *CASES[processes].split()]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
-            env=environment, cwd=here, timeout=240, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        said = done.stderr
-    except subprocess.TimeoutExpired as error:
-        said = f"took more than {error.timeout} s"
+    """Runs these processes' cases; returns {case: what each process found}, and what they said."""
+    _, _, said = run_script(WORKER, folder, *CASES[processes].split(), group=processes)
     found = {}
     for case in CASES[processes].split():
         files = [folder / f"{case}.{processes}.{rank}.json" for rank in range(processes)]

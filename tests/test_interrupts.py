@@ -154,7 +154,7 @@ def test_while_a_refused_step_is_cleaned_up(steps):
     report(*half_updated("exception", ("two dtypes, gapped", steps, None), refused=refused))
 
 
-@pytest.mark.parametrize("case", CASES[:8], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES[:8] if case[0] in (KINDS[0], KINDS[3])], ids=str)
 def test_foreach_holds_back_signals(case):
     """An exception raised in it, as opposed to a signal's, may leave half of its many operations done."""
     report(*half_updated("signal", case, backend="foreach"))

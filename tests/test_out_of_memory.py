@@ -158,8 +158,8 @@ def fail_each(whose, case):
         return f"{raised!r:.80}: the step after it differs in {later[:6]}" if later else ""
 
     wrong, at, quiet = [], 0, 0
-    while quiet < 30 if whose == "python" else not quiet:  # Python's are not counted: until thirty in a row were not wanted
-        at += 1
+    while quiet < 10 if whose == "python" else not quiet:  # Python's are not counted: until ten that it tries were not wanted
+        at += 1 if whose == "native" else 3  # Python's are hundreds
         read, write = os.pipe()
         if not os.fork():  # a process each, as it may not survive
             words = one(at)  # what it raises ends the process with its traceback

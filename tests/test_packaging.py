@@ -118,7 +118,7 @@ def test_sdist_builds_without_nvcc(source, tmp_path):
         assert {f.relative_to(unpacked) for f in (unpacked / place).rglob("*") if f.is_file()} == here
 
     path = tools(tmp_path / "bin", None)
-    built, printed = wheel(unpacked, tmp_path, ADABAYES_FUSED_NATIVE="1", PATH=path)
+    built, printed = wheel(unpacked, tmp_path, ADABAYES_FUSED_NATIVE="1", PATH=path, CMAKE_BUILD_TYPE="Debug")  # in half the time
     assert LEFT_OUT.findall(printed) == ["adabayes_fused: left out the CUDA kernels: nvcc was not found on the PATH"]
     check_cpu_only(built, tmp_path / "site")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import run_script
 from torch.nn.functional import gelu
 
 from adabayes_fused import AdaBayes
@@ -309,16 +310,16 @@ def test_eq_20_s_limits():
 # --- The command
 
 
+def given(**options):
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [word for name, several in values.items() for word in (f"--{name}", *map(str, several))]
+
+
 def command(*words, **options):
-    given = [
-        word
-        for name, value in options.items()
-        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-m", "bench.paper", *map(str, words), *given],
+        [sys.executable, "-m", "bench.paper", *map(str, words), *given(**options)],
         env=environment,
         stdout=pipe,
         stderr=subprocess.STDOUT,
@@ -332,7 +333,8 @@ DIGITS |= {"save-every": 0}
 
 def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
     straight, killed, moments = tmp_path / "straight", tmp_path / "killed", random.Random(0)
-    one = command("digits", "--no-appendix", output=straight, jobs=2, **DIGITS)
+    status, *said = run_script("bench.paper", "digits", "--no-appendix", *given(output=straight, **DIGITS))
+    assert status == 0, said
     for least in (1, 6):
         process = command("digits", output=killed, jobs=2, **DIGITS)
         until = time.monotonic() + 200
@@ -345,7 +347,6 @@ def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
         process.communicate()  # its own processes have the same pipe: they have ended too
     last = command("digits", output=killed, jobs=2, **DIGITS)
     assert last.wait(300) == 0, last.communicate()
-    assert one.wait(300) == 0, one.communicate()
     for name in ("adabayes", "sgd", "adabound"):
         found, expected = (json.loads((folder / "runs" / f"{name}-seed3.json").read_text()) for folder in (killed, straight))
         assert len(found["epochs"]) == 8
@@ -402,11 +403,10 @@ def test_a_part_of_the_images_has_all_labels():
     ],
 )
 def test_what_is_wrong_is_told(words, status, message, tmp_path):
-    process = command(*words)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == status
-    assert message in " ".join(out.split())
-    assert "Traceback" not in out
+    ended, *said = run_script("bench.paper", *words)
+    assert ended == status
+    assert message in " ".join("".join(said).split())
+    assert "Traceback" not in "".join(said)
 
 
 def test_one_process_a_folder(tmp_path):
@@ -414,9 +414,9 @@ def test_one_process_a_folder(tmp_path):
 
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    out, _ = (process := command("digits", output=tmp_path, **DIGITS)).communicate(timeout=120)
+    status, out, _ = run_script("bench.paper", "digits", *given(output=tmp_path, **DIGITS))
     os.close(handle)
-    assert process.returncode == 2
+    assert status == 2
     assert "another process is training into" in out
 
 

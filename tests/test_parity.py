@@ -13,7 +13,7 @@ STEPS = 200
 
 @pytest.mark.parametrize("case", CASES)
 def test_float64_equals_the_paper(case, target, interpreted):
-    steps = 25 if interpreted and case not in MAIN else STEPS
+    steps = STEPS if not interpreted else 50 if case in MAIN else 25
     params, optimizer = fused_run(case, steps, torch.float64, *target)
     assert_equal_to_paper(params, optimizer, transcribe(case, steps, torch.float64))
 

@@ -3,13 +3,12 @@
 ``torchrun --standalone --nproc-per-node 2 test_sharded_reports.py FOLDER`` is what each process does.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from runs import FUSED
 from torch import nn
 
@@ -51,12 +50,8 @@ def processes(tmp_path_factory):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
-    here = Path(__file__)
-    path = os.pathsep.join([str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(here), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, _, said = run_script(__file__, folder, group=2)
+    assert status == 0, said
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

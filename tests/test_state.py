@@ -269,7 +269,7 @@ def test_state_changed_through_a_reference_kept_from_before_is_noticed(name, pol
     params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     optimizer, other = make(name, params, backend, **policy), make(name, others, backend, **policy)
-    for seed in (1, 2, 3):
+    for seed in (1,) if interpreted else (1, 2, 3):
         for draw in (seed, seed + 1):
             train(optimizer, params, 3, draw)
             train(other, others, 3, draw)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from torch.distributed.checkpoint.api import CheckpointException
 
 import adabayes_fused
@@ -50,13 +51,27 @@ def example():
     return module
 
 
-class Job:
-    """torchrun, or Python itself with ``processes=None``, over the example."""
+def given(options):
+    return [f"--{name}={value}" for name, value in options.items()]
 
-    def __init__(self, *words, processes=2, restarts=0, **options):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-        given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        command = [sys.executable, *(launch if processes else ()), SCRIPT, *words, *given]
+
+def sha256_in(printed):
+    return re.search("sha256 of the weights ([0-9a-f]{64})", printed)[1]
+
+
+def ended(*words, group=2, **options):
+    """What a run printed to which nothing happens."""
+    status, out, err = run_script(SCRIPT, *words, *given(options), group=group)
+    assert status == 0, err
+    return out
+
+
+class Job:
+    """torchrun over the example, in two processes."""
+
+    def __init__(self, *words, restarts=0, **options):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+        command = [sys.executable, *launch, SCRIPT, *words, *given(options)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=environment)
@@ -73,7 +88,7 @@ class Job:
 
     def sha256(self):
         assert self.end() == 0, self.err
-        return re.search("sha256 of the weights ([0-9a-f]{64})", self.out)[1]
+        return sha256_in(self.out)
 
     def workers(self):
         """Rank -> process id, of torchrun's children."""
@@ -133,7 +148,7 @@ def curves(output):
 @pytest.fixture(scope="module")
 def undisturbed(folder, text):
     """(where, the sha256 of its weights), of a run of two processes."""
-    return folder / "undisturbed", Job(text, output=folder / "undisturbed", **KILLED).sha256()
+    return folder / "undisturbed", sha256_in(ended(text, output=folder / "undisturbed", **KILLED))
 
 
 # --- It learns
@@ -143,15 +158,14 @@ def test_ddp_and_fsdp2_learn_the_same(folder, text):
     kinds = [("ddp", "adabayes"), ("fsdp2", "adabayes"), ("fsdp2", "adamw")]
     options = {**SMALL, "steps": 60, "save-every": 30, "accumulate": 2}
     outputs = [folder / "-".join(kind) for kind in kinds]
-    jobs = [Job(text, output=at, parallel=p, optimizer=o, **options) for at, (p, o) in zip(outputs, kinds, strict=True)]
-    for job, output in zip(jobs, outputs, strict=True):
-        job.sha256()
+    for (parallel, optimizer), output in zip(kinds, outputs, strict=True):
+        printed = ended(text, output=output, parallel=parallel, optimizer=optimizer, **options)
         losses = [value for _, value in curves(output)["loss"]]
         assert len(losses) == 60
         assert losses[0] > 2.8  # ln(16 characters) = 2.77
         assert sum(losses[-5:]) / 5 < 2.3
-        assert float(re.search("validation loss (.*)", job.out)[1]) < 2.3
-        assert job.out.count("step ") == 60
+        assert float(re.search("validation loss (.*)", printed)[1]) < 2.3
+        assert printed.count("step ") == 60
     shares = [curves(output)["regime/sgd_like"] for output in outputs[:2]]
     for (step, one), (_, other) in zip(*shares, strict=True):
         assert one == pytest.approx(other, abs=0.01), step
@@ -215,16 +229,16 @@ def test_the_same_command_goes_on(folder, text, undisturbed):
     assert newest(output) < 40
     assert Job(text, output=output, **KILLED).sha256() == undisturbed[1]
     check_undisturbed(output, undisturbed)
-    assert Job(text, output=output, **KILLED).sha256() == undisturbed[1]  # there is nothing left to do
+    assert sha256_in(ended(text, output=output, **KILLED)) == undisturbed[1]  # there is nothing left to do
 
 
 def test_three_processes_go_on_with_the_same_sums(folder, text):
     """A sum of three depends on its order, and DDP's order on the passes before."""
     options = {**SMALL, "steps": 12, "save-every": 5, "depth": 3}
     output = folder / "three"
-    straight = Job(text, output=output, processes=3, **options).sha256()
+    straight = sha256_in(ended(text, output=output, group=3, **options))
     (output / "checkpoints" / "latest").write_text("step-00000010")
-    assert Job(text, output=output, processes=3, **options).sha256() == straight
+    assert sha256_in(ended(text, output=output, group=3, **options)) == straight
 
 
 class Killed(BaseException):
@@ -293,19 +307,25 @@ def test_what_is_wrong_is_told_and_ends_it(folder, text, tmp_path):
     short, binary = tmp_path / "short.txt", tmp_path / "binary"
     short.write_text("too short")
     binary.write_bytes(bytes(range(256)))
-    assert Job(text, output=output, processes=None, **small).end() == 0
-    for jobs in (
-        [(Job(tmp_path / "missing.txt", output=output, **small), "No such file")],
-        [(Job(text, output=output, processes=None, **{**small, "width": 64}), "other settings (width was 32, now 64)"),
-         (Job(short, output=tmp_path / "a", processes=None, **small), "too short: the last tenth of its 9 characters")],
-        [(Job(binary, output=tmp_path / "b", processes=None, **small), "is not UTF-8 text"),
-         (Job(text, output=text, processes=None, **small), "Not a directory")],
-        [(Job(text, "--lr", "0", processes=None, output=output), "--lr 0.0 is not above 0"),
-         (Job(text, "--optimiser=adamw", processes=None, output=output), "unrecognized arguments: --optimiser=adamw")],
-        [(Job(text, "--width=33", output=output), "--width 33 is not a multiple of 32"),],
-    ):  # fmt: skip
-        for job, message in jobs:
-            assert job.end() in (1, 2)  # torchrun's and its own
-            assert job.err.count("train_lm.py: error:") == 1, job.err
-            assert message in job.err
-            assert "Traceback" not in job.err.partition("torch/distributed")[0]
+    ended(text, output=output, group=0, **small)
+    for words, options, group, message in (
+        ([tmp_path / "missing.txt"], small, 2, "No such file"),
+        ([text], {**small, "width": 64}, 0, "other settings (width was 32, now 64)"),
+        ([short], {**small, "output": tmp_path / "a"}, 0, "too short: the last tenth of its 9 characters"),
+        ([binary], {**small, "output": tmp_path / "b"}, 0, "is not UTF-8 text"),
+        ([text], {**small, "output": text}, 0, "Not a directory"),
+        ([text, "--lr", "0"], {}, 0, "--lr 0.0 is not above 0"),
+        ([text, "--optimiser=adamw"], {}, 0, "unrecognized arguments: --optimiser=adamw"),
+    ):
+        status, _, err = run_script(SCRIPT, *words, *given({"output": output, **options}), group=group)
+        assert status == 2
+        assert_told(err, message)
+    job = Job(text, "--width=33", output=output)
+    assert job.end() == 1  # torchrun's
+    assert_told(job.err.partition("torch/distributed")[0], "--width 33 is not a multiple of 32")
+
+
+def assert_told(err, message):
+    assert err.count("train_lm.py: error:") == 1, err
+    assert message in err
+    assert "Traceback" not in err
