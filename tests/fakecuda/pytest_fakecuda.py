@@ -1,4 +1,7 @@
-"""pytest plugin: tests see a GPU that computes; without it kernels do nothing. ``fakecuda pytest -p pytest_fakecuda``"""
+"""pytest plugin: tests see a GPU that computes; without it, and in those marked ``counted``, kernels do nothing.
+
+``fakecuda pytest -p pytest_fakecuda``
+"""
 
 import sys
 
@@ -12,6 +15,9 @@ def pytest_runtest_call(item):
     module = sys.modules.get("test_gpu")
     if module is not None and hasattr(module, "on_gpu"):  # torch.profiler sees nothing here
         module.on_gpu = on_gpu
+    if item.get_closest_marker("counted"):  # what is computed takes a hundred times as long as what is counted
+        yield
+        return
     compute.errors.clear()
     with compute.on():
         outcome = yield
