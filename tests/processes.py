@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -33,6 +34,12 @@ def _run(script, arguments, environment, folder):
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
+def words(**options):
+    """Options of a command line as words of it; a list is several values of one."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [word for name, several in values.items() for word in (f"--{name}", *map(str, several))]
+
+
 def _of_group(size):
     """What torchrun tells each process of a group about it; of none, nothing."""
     if not size:
@@ -40,24 +47,26 @@ def _of_group(size):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "CUDA_VISIBLE_DEVICES": ""}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     return [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(size))]
 
 
-def run_script(script, *arguments, group=0, timeout=240):
-    """Runs the script, or module, in one process or in those of a group. Returns the highest exit status, and what they wrote to
-    stdout and to stderr. If one fails, or takes longer, the others are killed."""
+def run_script(script, *arguments, group=0, timeout=240, **variables):
+    """Runs the script, or module, in one process or in those of a group, with these environment variables. Returns the exit
+    status, and what was written to stdout and to stderr. Once one fails, or it takes longer, all are killed; the status is that
+    of the one that failed."""
     with TemporaryDirectory() as folder:
-        words = str(script), list(map(str, arguments))
-        processes = [FORKED.Process(target=_run, args=(*words, environment, folder)) for environment in _of_group(group)]
+        call = str(script), list(map(str, arguments))
+        processes = [FORKED.Process(target=_run, args=(*call, told | variables, folder)) for told in _of_group(group)]
         for process in processes:
             process.start()
-        until = time.monotonic() + timeout
-        while running := [process for process in processes if process.exitcode is None]:
-            wait([process.sentinel for process in running], max(until - time.monotonic(), 0.0))
-            if any(process.exitcode for process in processes) or time.monotonic() > until:
-                for process in running:
-                    process.kill()
-                    process.join()
+        until, status, late = time.monotonic() + timeout, 0, ""
+        while not status and (running := [process.sentinel for process in processes if process.exitcode is None]):
+            if not wait(running, max(until - time.monotonic(), 0.0)):
+                status, late = -signal.SIGKILL, f"took more than {timeout} s"
+            status = next((process.exitcode for process in processes if process.exitcode), status)
+        for process in processes:
+            process.kill()
+            process.join()
         out, err = (file.read_text() if file.exists() else "" for file in (Path(folder, "out"), Path(folder, "err")))
-        return max(abs(process.exitcode) for process in processes), out, err
+        return status, out, err + late

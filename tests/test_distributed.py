@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 def launch(processes, folder):
     """Runs these processes' cases; returns {case: what each process found}, and what they said."""
-    _, _, said = run_script(WORKER, folder, *CASES[processes].split(), group=processes)
+    _, _, said = run_script(WORKER, folder, *CASES[processes].split(), group=processes, CUDA_VISIBLE_DEVICES="")
     found = {}
     for case in CASES[processes].split():
         files = [folder / f"{case}.{processes}.{rank}.json" for rank in range(processes)]

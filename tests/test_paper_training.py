@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import run_script
+from processes import run_script, words
 from torch.nn.functional import gelu
 
 from adabayes_fused import AdaBayes
@@ -310,16 +310,11 @@ def test_eq_20_s_limits():
 # --- The command
 
 
-def given(**options):
-    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-    return [word for name, several in values.items() for word in (f"--{name}", *map(str, several))]
-
-
-def command(*words, **options):
+def command(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-m", "bench.paper", *map(str, words), *given(**options)],
+        [sys.executable, "-m", "bench.paper", *map(str, arguments), *words(**options)],
         env=environment,
         stdout=pipe,
         stderr=subprocess.STDOUT,
@@ -333,7 +328,7 @@ DIGITS |= {"save-every": 0}
 
 def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
     straight, killed, moments = tmp_path / "straight", tmp_path / "killed", random.Random(0)
-    status, *said = run_script("bench.paper", "digits", "--no-appendix", *given(output=straight, **DIGITS))
+    status, *said = run_script("bench.paper", "digits", "--no-appendix", *words(output=straight, **DIGITS))
     assert status == 0, said
     for least in (1, 6):
         process = command("digits", output=killed, jobs=2, **DIGITS)
@@ -391,7 +386,7 @@ def test_a_part_of_the_images_has_all_labels():
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "message"),
+    ("arguments", "status", "message"),
     [
         (["fashion", "--folder", "nowhere"], 2, "nowhere is no folder: name the one that holds four files"),
         (["cifar10"], 2, "the following arguments are required: --folder"),
@@ -402,8 +397,8 @@ def test_a_part_of_the_images_has_all_labels():
         (["report", "nowhere"], 2, "there are no runs in nowhere"),
     ],
 )
-def test_what_is_wrong_is_told(words, status, message, tmp_path):
-    ended, *said = run_script("bench.paper", *words)
+def test_what_is_wrong_is_told(arguments, status, message, tmp_path):
+    ended, *said = run_script("bench.paper", *arguments)
     assert ended == status
     assert message in " ".join("".join(said).split())
     assert "Traceback" not in "".join(said)
@@ -414,7 +409,7 @@ def test_one_process_a_folder(tmp_path):
 
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    status, out, _ = run_script("bench.paper", "digits", *given(output=tmp_path, **DIGITS))
+    status, out, _ = run_script("bench.paper", "digits", *words(output=tmp_path, **DIGITS))
     os.close(handle)
     assert status == 2
     assert "another process is training into" in out

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import run_script, words
 from torch.distributed.checkpoint.api import CheckpointException
 
 import adabayes_fused
@@ -51,17 +51,13 @@ def example():
     return module
 
 
-def given(options):
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
 def sha256_in(printed):
     return re.search("sha256 of the weights ([0-9a-f]{64})", printed)[1]
 
 
-def ended(*words, group=2, **options):
+def ended(*arguments, group=2, **options):
     """What a run printed to which nothing happens."""
-    status, out, err = run_script(SCRIPT, *words, *given(options), group=group)
+    status, out, err = run_script(SCRIPT, *arguments, *words(**options), group=group)
     assert status == 0, err
     return out
 
@@ -69,9 +65,9 @@ def ended(*words, group=2, **options):
 class Job:
     """torchrun over the example, in two processes."""
 
-    def __init__(self, *words, restarts=0, **options):
+    def __init__(self, *arguments, restarts=0, **options):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-        command = [sys.executable, *launch, SCRIPT, *words, *given(options)]
+        command = [sys.executable, *launch, SCRIPT, *arguments, *words(**options)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=environment)
@@ -308,7 +304,7 @@ def test_what_is_wrong_is_told_and_ends_it(folder, text, tmp_path):
     short.write_text("too short")
     binary.write_bytes(bytes(range(256)))
     ended(text, output=output, group=0, **small)
-    for words, options, group, message in (
+    for arguments, options, group, message in (
         ([tmp_path / "missing.txt"], small, 2, "No such file"),
         ([text], {**small, "width": 64}, 0, "other settings (width was 32, now 64)"),
         ([short], {**small, "output": tmp_path / "a"}, 0, "too short: the last tenth of its 9 characters"),
@@ -317,7 +313,7 @@ def test_what_is_wrong_is_told_and_ends_it(folder, text, tmp_path):
         ([text, "--lr", "0"], {}, 0, "--lr 0.0 is not above 0"),
         ([text, "--optimiser=adamw"], {}, 0, "unrecognized arguments: --optimiser=adamw"),
     ):
-        status, _, err = run_script(SCRIPT, *words, *given({"output": output, **options}), group=group)
+        status, _, err = run_script(SCRIPT, *arguments, *words(**{"output": output, **options}), group=group)
         assert status == 2
         assert_told(err, message)
     job = Job(text, "--width=33", output=output)
