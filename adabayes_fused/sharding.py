@@ -75,7 +75,7 @@ def spec_of(p: Tensor) -> Any:
 def place_of(spec: Any) -> tuple[int, int, int]:
     """Where the part that is here lies in the whole tensor: its i-th element at ``first + i // run * stride + i % run``.
 
-    Raises: ValueError for a part that does not lie so: split in three dimensions, or in two that are not neighbours.
+    Raises: ValueError for a part that does not lie so, in runs of one length at one distance.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -86,15 +86,30 @@ def place_of(spec: Any) -> tuple[int, int, int]:
     if not split or not math.prod(part):
         return 0, max(math.prod(part), 1), 0
     last = split[-1]
-    before = [d for d in range(last) if part[d] > 1]  # which of the elements before the last split dimension count
-    if any(d in split for d in before[1:]):
+    before = [d for d in range(last) if part[d] > 1]  # dimensions in which the part has more than one run
+    stride = strides[before[-1]] if before else 0
+    if any(strides[d] != math.prod(part[d + 1 : last]) * stride for d in before) or _leaves_gaps(spec):
         raise ValueError(
-            f"a DTensor of shape {whole} with placements {spec.placements} is split in too many dimensions for state or weights "
-            'that are rounded stochastically; use state_dtype="float32" and weight_rounding="nearest"'
+            f"a DTensor of shape {whole} with placements {spec.placements} is split into parts that are no evenly spaced runs "
+            "of the whole, which state or weights that are rounded stochastically need; "
+            'use state_dtype="float32" and weight_rounding="nearest"'
         )
     run = part[last] * strides[last]
-    first = sum(o * stride for o, stride in zip(offset, strides, strict=True))
-    return first, run, strides[last - 1] if last else 0
+    first = sum(o * s for o, s in zip(offset, strides, strict=True))
+    return first, run, stride
+
+
+def _leaves_gaps(spec: Any) -> bool:
+    """Whether a dimension is split by every n-th piece (``_StridedShard``), and not for n later splits of it that take these
+    pieces apart, as those of FSDP beside tensor parallelism do."""
+    of_dim = [
+        (getattr(at, "dim", None), getattr(at, "split_factor", 1), n)
+        for at, n in zip(spec.placements, spec.mesh.shape, strict=True)
+    ]
+    return any(
+        factor not in (1, math.prod(n for other, _, n in of_dim[m + 1 :] if other == dim))
+        for m, (dim, factor, _) in enumerate(of_dim)
+    )
 
 
 def groups_of(spec: Any) -> tuple[Any, ...]:

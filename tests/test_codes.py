@@ -16,6 +16,7 @@ from runs import FUSED, SHAPES
 from torch import nn
 
 from adabayes_fused import codes, diagnostics, posterior
+from adabayes_fused.sharding import place_of
 
 OPTIONS = {"AdaBayes": dict(batch_size=8), "AdaBayesFP": {}}
 STORAGES = [
@@ -373,6 +374,58 @@ def test_shards_are_rounded_as_the_whole(kind):
         for differ, checked in pool.map(shards_of, [kind] * world, range(world), [world] * world):
             assert not differ
             assert checked
+
+
+def lies_evenly(places):
+    """Whether elements at these places are runs of one length at one distance."""
+    after_first = (places.diff() != 1).nonzero()
+    run = int(after_first[0]) + 1 if len(after_first) else len(places)
+    stride = int(places[run] - places[0]) if run < len(places) else 0
+    i = torch.arange(len(places))
+    return torch.equal(places[0] + i // run * stride + i % run, places)
+
+
+def wrong_places(rank):
+    """As this process of several meshes: splits whose elements have other places than they should, or are refused although they
+    lie evenly; how many were right, and how many refused."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    wrong, right, refused = [], 0, 0
+    for mesh_shape in [(3,), (2, 2), (2, 3), (2, 2, 2)]:
+        if rank >= math.prod(mesh_shape):
+            continue
+        with process(rank, math.prod(mesh_shape)):
+            mesh = init_device_mesh("cpu", mesh_shape)
+            for shape in [(7,), (8, 3), (4, 2, 6), (2, 3, 2, 5), (6, 2, 1, 4)]:
+                places = torch.arange(math.prod(shape)).view(shape)
+                splits = [Replicate(), *map(Shard, range(len(shape))), _StridedShard(0, split_factor=2)]
+                for placed in itertools.product(splits, repeat=len(mesh_shape)):
+                    part = distribute_tensor(places, mesh, placed, src_data_rank=None)
+                    local = part.to_local().reshape(-1)
+                    try:
+                        first, run, stride = place_of(part._spec)
+                    except ValueError:
+                        refused += 1
+                        if lies_evenly(local) and not any(hasattr(at, "split_factor") for at in placed):
+                            wrong.append((mesh_shape, shape, placed, "refused"))
+                        continue
+                    i = torch.arange(len(local))
+                    if torch.equal(first + i // run * stride + i % run, local):
+                        right += 1
+                    else:
+                        wrong.append((mesh_shape, shape, placed, local.tolist()))
+    return wrong, right, refused
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("rank", [0, 1, 3, 7])
+def test_every_split_has_its_elements_places_or_is_refused(rank):
+    with ProcessPoolExecutor(1, FORKED) as pool:
+        wrong, right, refused = pool.submit(wrong_places, rank).result()
+    assert not wrong
+    assert right > 100
+    assert refused > 10
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------------
