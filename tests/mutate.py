@@ -35,7 +35,7 @@ TESTS = {
     "adabayes_fused/clipping.py": STEP,
     "adabayes_fused/checkpoint.py": ["resume", "state", "errors", "codes", "warm_start", "walk", "optimizer"],
     "adabayes_fused/sharding.py": ["sharded_reports", "codes", "distributed", "resume"],
-    "adabayes_fused/release.py": ["release", "resume", "errors", "memory"],
+    "adabayes_fused/release.py": ["release", "resume", "errors", "memory", "sharded_reports"],
     "csrc/batch.cpp": ["memory", "layouts", *STEP, "codes", "distributed"],
 }
 COMPARISONS = {
