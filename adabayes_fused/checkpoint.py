@@ -7,7 +7,6 @@ torch: after the user's hooks that come before, restored before those that come 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from .prepare import initial, new_seed, new_slot, new_step, number, own_copy, st
 from .scalars import SCALARS
 from .sharding import is_sharded, local, placed_like
 from .slabs import Slabs
+from .warn import warn
 
 _INDISPENSABLE = ("lr", "betas", "weight_decay", "r")  # of a group; what else it lacks, its version may not have known
 
@@ -140,14 +140,13 @@ def restore(optimizer: Any, state_before: dict[Tensor, Any], groups_before: list
     for present, fresh in writes:
         present.detach().copy_(fresh)
     if optimizer.algorithm is ADABAYES and "exp_avg_sq" in absent:
-        warnings.warn(
+        warn(
             "the loaded state is lean: exp_avg_sq, which AdaBayes keeps for you and does not use, starts at zero. "
-            "The weights go on as they would have.",
-            stacklevel=5,
+            "The weights go on as they would have."
         )
     if converted and not told:
         kinds = "; ".join(sorted(f"{saved} became {here}" for saved, here in converted))
-        warnings.warn(f"the loaded state was stored otherwise than here, and is rounded to nearest: {kinds}", stacklevel=5)
+        warn(f"the loaded state was stored otherwise than here, and is rounded to nearest: {kinds}")
     return slabs
 
 

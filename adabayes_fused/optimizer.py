@@ -6,7 +6,6 @@ The two classes are at the end; what they share is above them, a step's work in 
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from .clipping import Clipping, Scaling
 from .codes import check_seed, checked_storage
 from .prepare import Item
 from .stepper import Groups, Stepper, capturing
+from .warn import warn
 
 # Options of the whole optimizer, and what they are in those pickled before there was the option. They are found in ``defaults``,
 # from which frameworks build an optimizer anew, and in no group: a checkpoint must not change them.
@@ -130,9 +130,7 @@ class _FusedOptimizer(Optimizer):
         group = self._completed(param_group)
         for key in map(str, param_group.keys() - self.defaults.keys()):
             if option := meant(key, self.defaults):
-                warnings.warn(
-                    f"a parameter group has the key {key!r}, which no step reads; did you mean {option!r}?", stacklevel=2
-                )
+                warn(f"a parameter group has the key {key!r}, which no step reads; did you mean {option!r}?")
         super().add_param_group(group)  # a copy: if torch refuses it, the group that was given is as it was
         self.param_groups.pop()
         once = dict(zip(group["params"], group.get("param_names", group["params"]), strict=True))  # torch has warned of doubles
@@ -180,10 +178,9 @@ class _FusedOptimizer(Optimizer):
                 lost = {name: value for name, value in lost.items() if value != _RUN_POLICY[name]}
                 if lost:
                     options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
-                    warnings.warn(
+                    warn(
                         f"these groups are of an optimizer with {options}. Groups do not hold that, the new one is without; "
-                        "give the constructor **optimizer.defaults, or set the attributes of the new one",
-                        stacklevel=4,
+                        "give the constructor **optimizer.defaults, or set the attributes of the new one"
                     )
 
     def set_batch_size(self, n: float | Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from .algorithms import ADABAYES, ADABAYES_FP, Algorithm, corrected, variance_un
 from .checkpoint import check_entry
 from .prepare import as_real
 from .scalars import scalars
+from .warn import warn
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
@@ -45,7 +45,7 @@ def from_adam(algorithm: Algorithm, here: list[dict[str, Any]], state_dict: dict
             if entry:
                 state[i] = _entry(algorithm, group, saved["betas"], i, p, entry)
     if any("max_exp_avg_sq" in entry for entry in state_dict["state"].values()):
-        warnings.warn("Adam's max_exp_avg_sq (amsgrad) has no counterpart here and is left out", stacklevel=3)
+        warn("Adam's max_exp_avg_sq (amsgrad) has no counterpart here and is left out")
     groups = [{**group, "params": list(saved["params"])} for saved, group in zip(groups, here, strict=True)]
     return {"state": {i: entry for i, entry in state.items() if entry}, "param_groups": groups}
 

@@ -226,8 +226,9 @@ def test_foreach_in_place_of_a_kernel_is_said_once(monkeypatch):
     try:
         optimizer = AdaBayesFP([parameter(3)])
         words = "are updated by the slow backend 'foreach'.*cpp: the compiled extension is not there; install a compiler"
-        with pytest.warns(UserWarning, match=words):
+        with pytest.warns(UserWarning, match=words) as found:
             optimizer.step()
+        assert found[0].filename == __file__
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             optimizer.step()

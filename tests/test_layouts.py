@@ -28,6 +28,12 @@ def sliced(x):
     return wide[..., ::2]
 
 
+def every_other(x):
+    tall = torch.full((2 * x.shape[0], *x.shape[1:]), 7.0, dtype=x.dtype, device=x.device)
+    tall[::2] = x
+    return tall[::2]
+
+
 def offset(x):
     """Contiguous, at an address that no wide access may use."""
     flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:]
@@ -94,22 +100,24 @@ def test_gap_between_a_sliced_parameters_elements_is_not_touched(target):
     assert (whole[:, ::2] != 0).all()
 
 
+@pytest.mark.parametrize("gapped", [sliced, every_other])
 @pytest.mark.parametrize("kept", ["state and gradient", "state"])
-def test_state_put_in_place_with_the_parameters_own_gaps(kept, target):
+def test_state_put_in_place_with_the_parameters_own_gaps(kept, gapped, target):
     """Alike in shape and strides, and yet a sweep over their memory would take the gaps for elements."""
     backend, device = target
     start, grads = torch.randn(SHAPE, device=device), [torch.randn(SHAPE, device=device) for _ in range(2)]
     expected, _ = two_steps("AdaBayes", start, grads, backend)
-    p, optimizer = two_steps("AdaBayes", start, grads[:1], backend, sliced)
-    p.grad = sliced(grads[1]) if kept == "state and gradient" else grads[1]
+    p, optimizer = two_steps("AdaBayes", start, grads[:1], backend, gapped)
+    p.grad = gapped(grads[1]) if kept == "state and gradient" else grads[1]
     state = optimizer.state[p]
-    given = {slot: sliced(state[slot]) for slot in optimizer.algorithm.slots}
+    given = {slot: gapped(state[slot]) for slot in optimizer.algorithm.slots}
     state.update(given)
     optimizer.step()
     assert torch.equal(p, expected)
+    to_gap = p.stride()[-1] // 2 or p.stride()[0] // 2
     for t in (p.detach(), p.grad, *given.values()):
         if t.stride() == p.stride():
-            assert (t.as_strided(SHAPE, p.stride(), t.storage_offset() + 1) == 7.0).all()  # the gaps
+            assert (t.as_strided(SHAPE, p.stride(), t.storage_offset() + to_gap) == 7.0).all()
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

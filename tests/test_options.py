@@ -234,8 +234,9 @@ def test_keys_of_frameworks_pass(name):
 @pytest.mark.parametrize("name", FUSED)
 def test_a_slip_warns(name, key, option):
     p, q = parameter(), parameter()
-    with pytest.warns(UserWarning, match=f"the key '{key}', which no step reads; did you mean '{option}'"):
-        optimizer = make(name, [{"params": [p], key: 0.5}])
+    with pytest.warns(UserWarning, match=f"the key '{key}', which no step reads; did you mean '{option}'") as found:
+        optimizer = FUSED[name]([{"params": [p], key: 0.5}], **OPTIONS[name])
+    assert found[0].filename == __file__
     assert torch.equal(gone_on(optimizer, p), gone_on(make(name, [q]), q))
 
 
@@ -623,8 +624,9 @@ def test_built_anew_from_its_groups_alone(name):
 @pytest.mark.parametrize("name", FUSED)
 def test_what_groups_do_not_hold_is_not_lost_silently(name):
     optimizer = make(name, [parameter()], **POLICY)
-    with pytest.warns(UserWarning, match=r"an optimizer with .*lean=True.*\*\*optimizer.defaults"):
+    with pytest.warns(UserWarning, match=r"an optimizer with .*lean=True.*\*\*optimizer.defaults") as found:
         horovod(optimizer)
+    assert found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = type(optimizer)(optimizer.param_groups, **optimizer.defaults)

@@ -156,8 +156,9 @@ def test_a_parameter_adam_has_not_stepped_begins_anew():
 def test_amsgrad_is_left_out_with_a_warning():
     params, adam = trained(torch.optim.Adam, amsgrad=True)
     optimizer = FUSED["AdaBayesFP"](grouped(copies(params)))
-    with pytest.warns(UserWarning, match="max_exp_avg_sq"):
+    with pytest.warns(UserWarning, match="max_exp_avg_sq") as found:
         optimizer.load_adam_state_dict(adam.state_dict())
+    assert found[0].filename == __file__
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq", "post_var"} for state in optimizer.state.values())
 
 

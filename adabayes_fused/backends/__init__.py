@@ -10,11 +10,11 @@ for GPUs also have ``decide``: one kernel for what ``clipping.decide`` else has 
 from __future__ import annotations
 
 import functools
-import warnings
 from types import ModuleType
 
 import torch
 
+from ..warn import warn
 from . import cpp, cuda, foreach, native, triton
 from .launch import CANNOT_LOAD
 
@@ -40,7 +40,7 @@ def choose(name: str, device: torch.device) -> str:
             if reason.startswith(CANNOT_LOAD):
                 unloaded.append(f"{chosen}: {reason}")
         if unloaded and chosen != "foreach":  # of which a step warns
-            warnings.warn(f"parameters on {device} are updated by the backend {chosen!r}. {'; '.join(unloaded)}", stacklevel=2)
+            warn(f"parameters on {device} are updated by the backend {chosen!r}. {'; '.join(unloaded)}")
         return chosen
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
@@ -60,4 +60,4 @@ def warn_of_foreach(device: torch.device) -> None:
         reasons = {b: reason for b, reason in reasons.items() if reason != native.missing}
     if reasons and choose("auto", device) == "foreach":
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"parameters on {device} are updated by the slow backend 'foreach': no other runs. {why}", stacklevel=2)
+        warn(f"parameters on {device} are updated by the slow backend 'foreach': no other runs. {why}")
