@@ -28,12 +28,12 @@ from typing import NamedTuple
 HERE = Path(__file__).parents[1]
 FOLDERS = ("adabayes_fused", "triton_kernels", "csrc", "tests", "bench", "docs", "examples")
 COPIED = (*FOLDERS, "CMakeLists.txt", "pyproject.toml", "README.md")
-STEP = ["errors", "optimizer", "clipping", "state", "batch_size", "memory", "release", "resume", "walk", "interrupts", "fuzz"]
+STEP = ["errors", "options", "optimizer", "clipping", "state", "batch_size", "memory", "release", "resume", "walk", "interrupts", "fuzz"]
 TESTS = {
     "adabayes_fused/stepper.py": STEP,
     "adabayes_fused/prepare.py": ["layouts", *STEP, "codes"],
     "adabayes_fused/clipping.py": STEP,
-    "adabayes_fused/checkpoint.py": ["resume", "state", "errors", "codes", "warm_start", "walk", "optimizer"],
+    "adabayes_fused/checkpoint.py": ["resume", "state", "options", "errors", "codes", "warm_start", "walk", "optimizer"],
     "adabayes_fused/sharding.py": ["sharded_reports", "codes", "distributed", "resume"],
     "adabayes_fused/release.py": ["release", "resume", "errors", "memory", "sharded_reports"],
     "csrc/batch.cpp": ["memory", "layouts", *STEP, "codes", "distributed"],
