@@ -100,12 +100,12 @@ def test_gap_between_a_sliced_parameters_elements_is_not_touched(target):
     assert (whole[:, ::2] != 0).all()
 
 
-@pytest.mark.parametrize("gapped", [sliced, every_other])
+@pytest.mark.parametrize(("gapped", "shape"), [(sliced, SHAPE), (every_other, SHAPE), (sliced, (*SHAPE, *(1,) * 13))])
 @pytest.mark.parametrize("kept", ["state and gradient", "state"])
-def test_state_put_in_place_with_the_parameters_own_gaps(kept, gapped, target):
+def test_state_put_in_place_with_the_parameters_own_gaps(kept, gapped, shape, target):
     """Alike in shape and strides, and yet a sweep over their memory would take the gaps for elements."""
     backend, device = target
-    start, grads = torch.randn(SHAPE, device=device), [torch.randn(SHAPE, device=device) for _ in range(2)]
+    start, grads = torch.randn(shape, device=device), [torch.randn(shape, device=device) for _ in range(2)]
     expected, _ = two_steps("AdaBayes", start, grads, backend)
     p, optimizer = two_steps("AdaBayes", start, grads[:1], backend, gapped)
     p.grad = gapped(grads[1]) if kept == "state and gradient" else grads[1]
@@ -117,7 +117,7 @@ def test_state_put_in_place_with_the_parameters_own_gaps(kept, gapped, target):
     to_gap = p.stride()[-1] // 2 or p.stride()[0] // 2
     for t in (p.detach(), p.grad, *given.values()):
         if t.stride() == p.stride():
-            assert (t.as_strided(SHAPE, p.stride(), t.storage_offset() + to_gap) == 7.0).all()
+            assert (t.as_strided(shape, p.stride(), t.storage_offset() + to_gap) == 7.0).all()
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
