@@ -17,7 +17,9 @@ TORCH = "2.13.0"  # with every Python
 PYTHON = "3.11"  # with every torch
 CELLS = [(PYTHON, torch) for torch in ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")]
 CELLS += [(python, TORCH) for python in ("3.10", "3.12", "3.13", "3.14")]
-TESTS = [*(f"tests/test_{name}.py" for name in ("parity", "state", "layouts", "optimizer", "main")), "-k", "not triton"]
+TESTS = [f"tests/test_{name}.py" for name in ("parity", "state", "layouts", "optimizer", "main", "memory")]
+SHARDS = ("test_shards_are_rounded_as_the_whole", "test_every_split_has_its_elements_places_or_is_refused")
+TESTS += [*(f"tests/test_codes.py::{name}" for name in SHARDS), "-k", "not triton"]
 
 
 def built(session: nox.Session) -> str:

@@ -306,7 +306,12 @@ def test_dtensors_made_of_tensors_made_of_others(name, backend, processes):
 def test_state_lies_where_the_part_does_and_not_where_the_mesh_is(name, lean, backend, processes):
     """FSDP2 with CPUOffloadPolicy: parts on the CPU, a mesh of GPUs, or here of another device."""
     mesh = DeviceMesh("meta", torch.arange(2), _init_backend=False)
-    p = torch.nn.Parameter(dtensor(torch.ones(4), mesh))
+    try:
+        p = torch.nn.Parameter(dtensor(torch.ones(4), mesh))
+    except RuntimeError as error:
+        if "device_count" not in str(error):
+            raise
+        pytest.skip("this torch counts the devices of a mesh, and a mesh of another device than the part's cannot be made up")
     optimizer = make(name, [p], backend, lean=lean)
     for t in range(4):
         p.grad = dtensor(torch.ones(4), mesh)
