@@ -375,16 +375,18 @@ def test_state_that_nobody_else_holds_is_looked_at_once():
     params = [torch.nn.Parameter(torch.ones(16)) for _ in range(50)]
     optimizer = make("AdaBayes", params, "cpp")
     found = []
-    for t in range(6):
+    for t in range(9):
         for p in params:
             p.grad = torch.ones(16)
         if t == 3:
             assert len(optimizer.state) == 50
+        if t == 6:
+            optimizer.load_state_dict(optimizer.state_dict())
         held = optimizer.state[params[0]] if t == 4 else None
         optimizer.step()
         found.append(optimizer._stepper._reader[1].looked_at())
     assert held is None
-    assert found == [50, 50, 0, 50, 50, 1]  # made; first seen; asked for; asked for and one held; that one
+    assert found == [50, 50, 0, 50, 50, 1, 50, 0, 0]  # made; first seen; asked for; asked for and one held; that one; loaded
 
 
 def test_large_state_that_nobody_else_holds_is_looked_at_twice():
