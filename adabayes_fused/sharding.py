@@ -86,7 +86,7 @@ def place_of(spec: Any) -> tuple[int, int, int]:
     if not split or not math.prod(part):
         return 0, max(math.prod(part), 1), 0
     last = split[-1]
-    before = [d for d in range(last) if part[d] > 1]  # dimensions in which the part has more than one run
+    before = [d for d in range(last) if part[d] > 1]  # dimensions along which its runs lie
     stride = strides[before[-1]] if before else 0
     if any(strides[d] != math.prod(part[d + 1 : last]) * stride for d in before) or _leaves_gaps(spec):
         raise ValueError(
@@ -102,14 +102,13 @@ def place_of(spec: Any) -> tuple[int, int, int]:
 def _leaves_gaps(spec: Any) -> bool:
     """Whether a dimension is split by every n-th piece (``_StridedShard``), and not for n later splits of it that take these
     pieces apart, as those of FSDP beside tensor parallelism do."""
-    of_dim = [
-        (getattr(at, "dim", None), getattr(at, "split_factor", 1), n)
-        for at, n in zip(spec.placements, spec.mesh.shape, strict=True)
-    ]
-    return any(
-        factor not in (1, math.prod(n for other, _, n in of_dim[m + 1 :] if other == dim))
-        for m, (dim, factor, _) in enumerate(of_dim)
-    )
+    later: dict[int | None, int] = {}  # into how many pieces the splits after this one take a dimension
+    for at, size in reversed(list(zip(spec.placements, spec.mesh.shape, strict=True))):
+        dim = getattr(at, "dim", None)
+        if getattr(at, "split_factor", 1) not in (1, later.get(dim, 1)):
+            return True
+        later[dim] = later.get(dim, 1) * size
+    return False
 
 
 def groups_of(spec: Any) -> tuple[Any, ...]:

@@ -28,8 +28,8 @@ from typing import NamedTuple
 HERE = Path(__file__).parents[1]
 FOLDERS = ("adabayes_fused", "triton_kernels", "csrc", "tests", "bench", "docs", "examples")
 COPIED = (*FOLDERS, "CMakeLists.txt", "pyproject.toml", "README.md")
-STEP = ["errors", "options", "optimizer", "clipping", "state", "batch_size", "memory", "release", "resume", "walk", "interrupts"]
-STEP += ["fuzz"]
+STEP = ["errors", "options", "optimizer", "clipping", "state", "batch_size", "memory", "release", "resume"]
+STEP += ["walk", "interrupts", "fuzz"]
 TESTS = {
     "adabayes_fused/stepper.py": STEP,
     "adabayes_fused/prepare.py": ["layouts", *STEP, "codes"],

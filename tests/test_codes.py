@@ -381,8 +381,7 @@ def lies_evenly(places):
     after_first = (places.diff() != 1).nonzero()
     run = int(after_first[0]) + 1 if len(after_first) else len(places)
     stride = int(places[run] - places[0]) if run < len(places) else 0
-    i = torch.arange(len(places))
-    return torch.equal(places[0] + i // run * stride + i % run, places)
+    return torch.equal(codes.places(0, len(places), (int(places[0]), run, stride), places.device), places)
 
 
 def wrong_places(rank):
@@ -398,20 +397,19 @@ def wrong_places(rank):
         with process(rank, math.prod(mesh_shape)):
             mesh = init_device_mesh("cpu", mesh_shape)
             for shape in [(7,), (8, 3), (4, 2, 6), (2, 3, 2, 5), (6, 2, 1, 4)]:
-                places = torch.arange(math.prod(shape)).view(shape)
+                places = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
                 splits = [Replicate(), *map(Shard, range(len(shape))), _StridedShard(0, split_factor=2)]
                 for placed in itertools.product(splits, repeat=len(mesh_shape)):
                     part = distribute_tensor(places, mesh, placed, src_data_rank=None)
                     local = part.to_local().reshape(-1)
                     try:
-                        first, run, stride = place_of(part._spec)
+                        place = place_of(part._spec)
                     except ValueError:
                         refused += 1
                         if lies_evenly(local) and not any(hasattr(at, "split_factor") for at in placed):
                             wrong.append((mesh_shape, shape, placed, "refused"))
                         continue
-                    i = torch.arange(len(local))
-                    if torch.equal(first + i // run * stride + i % run, local):
+                    if torch.equal(codes.places(0, len(local), place, local.device), local):
                         right += 1
                     else:
                         wrong.append((mesh_shape, shape, placed, local.tolist()))
